@@ -1,0 +1,1 @@
+"""Routing replay for megatron-core's mixture-of-experts routers."""

@@ -1,0 +1,1 @@
+"""Typed routed-experts data shared by the rollout engine and the trainer."""
