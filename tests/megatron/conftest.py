@@ -1,0 +1,50 @@
+from collections.abc import Iterator
+
+import pytest
+
+from tests.megatron.gloo_pool import GlooPool
+
+
+@pytest.fixture(scope="session")
+def gloo_2() -> Iterator[GlooPool]:
+    """Two gloo processes: `gloo_2.run(function, *args, tensor_model_parallel_size=2)`."""
+    pool = GlooPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def gloo_4() -> Iterator[GlooPool]:
+    """Four gloo processes."""
+    pool = GlooPool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def _one_process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    import torch
+
+    from megatron_r3 import cpu
+
+    cpu.enable()
+    store = tmp_path_factory.mktemp("gloo") / "store"
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def world_of_one(_one_process_group: None) -> Iterator[None]:
+    """This process as the only rank: gloo, model-parallel groups, CPU switch, seeded."""
+    from megatron.core import parallel_state
+
+    from megatron_r3 import cpu
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel()
+    cpu.seed(1)
+    yield
+    parallel_state.destroy_model_parallel()
