@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,3 +146,12 @@ def test_a_header_that_no_reader_would_take_is_not_written():
     spans = tuple(Span(i, i + 1, Source.ROLLOUT, str(i)) for i in range(40_000))
     with pytest.raises(RoutingSchemaError, match="merge some of the 40000 spans"):
         encode(RoutedExperts(ids, LAYOUT, 0, None, spans))
+
+
+def test_the_example_in_the_specification_is_what_is_written():
+    page = (Path(__file__).parents[2] / "FORMAT.md").read_text()
+    dump = page.split("```text\n")[1].split("```")[0]
+    payload = bytes.fromhex("".join(line[6:53] for line in dump.splitlines()))
+    routed = RoutedExperts(np.array([[[3, 0]]], np.uint8), RoutingLayout(4, 2, (1,), 2), 2)
+    assert encode(routed) == payload
+    assert decode(payload) == routed
