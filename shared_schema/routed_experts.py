@@ -14,6 +14,9 @@ from shared_schema.errors import RoutingSchemaError
 from shared_schema.layout import RoutingLayout
 
 
+_IDS_IN_CACHE = 1 << 15
+
+
 class RowStatus(IntEnum):
     """Whether a row was recorded and, if not, why not.
 
@@ -285,19 +288,22 @@ def checked_ids(
 
 def invalid_rows(ids: Int[np.ndarray, "T L k"], layout: RoutingLayout) -> Bool[np.ndarray, " T"]:
     """True for each row with an id outside 0 … E-1, or one twice in a layer."""
+    bad = np.zeros(len(ids), bool)
     if not ids.size:
-        return np.zeros(len(ids), bool)
-    bad = np.zeros(ids.shape[:2], bool)
+        return bad
     if ids.max() >= layout.num_experts:
-        bad |= (ids >= layout.num_experts).any(-1)
+        bad |= (ids >= layout.num_experts).any((1, 2))
     if ids.dtype.kind == "i" and ids.min() < 0:
-        bad |= (ids < 0).any(-1)
-    slots = np.ascontiguousarray(np.moveaxis(ids, -1, 0))
-    for distance in range(1, layout.top_k):
-        equal = slots[distance:] == slots[:-distance]
-        if equal.any():
-            bad |= equal.any(0)
-    return np.asarray(bad.any(-1))
+        bad |= (ids < 0).any((1, 2))
+    block = max(1, _IDS_IN_CACHE // max(1, ids.shape[1] * layout.top_k))
+    for first in range(0, len(ids), block):
+        rows = ids[first : first + block]
+        slots = np.ascontiguousarray(rows.reshape(-1, layout.top_k).T)
+        for distance in range(1, layout.top_k):
+            equal = slots[distance:] == slots[:-distance]
+            if equal.any():
+                bad[first : first + block] |= equal.any(0).reshape(len(rows), -1).any(1)
+    return bad
 
 
 def checked_spans(spans: Iterable[Any], start: int, stop: int) -> tuple[Span, ...]:
