@@ -1,0 +1,171 @@
+"""Copies what the routers choose into one buffer at a fixed address."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from shared_schema import RoutingLayout, RowStatus
+from vllm_r3_plugin.step_rows import capture_dtype, step_status
+
+CaptureFn = Callable[[torch.Tensor], None]
+
+
+class RouterSource(NamedTuple):
+    """One router of the model: where it is, and how to hear of its choices."""
+
+    layer: int
+    name: str
+    top_k: int
+    attach: Callable[[CaptureFn], None]
+
+
+class LayerCapture:
+    """Callback of one router: writes its logical expert ids, a single device copy.
+
+    It is traced by Dynamo on CPU and recorded in CUDA graphs elsewhere, so it holds no state but
+    the buffer. ``then`` is the callback that was bound before, if any.
+    """
+
+    def __init__(self, column: torch.Tensor, then: CaptureFn | None) -> None:
+        self.column = column
+        self.then = then
+
+    def __call__(self, topk_ids: torch.Tensor) -> None:
+        """Write ``[n, k]`` ids of the step's n tokens."""
+        # Fused shared experts follow the routed ones as further columns.
+        self.column[: topk_ids.shape[0]] = topk_ids[:, : self.column.shape[1]]
+        if self.then is not None:
+            self.then(topk_ids)
+
+
+class RoutingCapturer:
+    """Capture buffer ``[max_tokens, L, k]`` of one worker.
+
+    Args:
+        layout: the model's layers that route.
+        max_tokens: rows of the largest step.
+        device: where the routers run.
+
+    """
+
+    def __init__(self, layout: RoutingLayout, max_tokens: int, device: torch.device) -> None:
+        self.layout = layout
+        self._dtype = capture_dtype(layout.num_experts, layout.top_k)
+        self._fill = int(np.iinfo(self._dtype).max)
+        # torch computes little in uint16; the same bits in int16 copy everywhere.
+        dtype = torch.uint8 if self._dtype.itemsize == 1 else torch.int16
+        self._torch_fill = self._fill if dtype is torch.uint8 else -1
+        shape = (max_tokens, layout.num_moe_layers, layout.top_k)
+        self._buffer = torch.full(shape, self._torch_fill, dtype=dtype, device=device)
+
+    def bind(self, sources: list[RouterSource]) -> None:
+        """Listen to every router; what listened before still hears it. May be called again."""
+        for source in sources:
+            column = self._buffer[:, self.layout.moe_layers.index(source.layer)]
+            source.attach(LayerCapture(column, None))
+
+    def arm(self, num_tokens: int) -> None:
+        """Before a forward over ``num_tokens``: make rows that no router writes recognisable."""
+        self._buffer[0] = self._torch_fill
+        self._buffer[num_tokens - 1] = self._torch_fill
+
+    def copy_rows(self, num_tokens: int) -> torch.Tensor:
+        """The step's rows on the host; on an accelerator the copy is ordered, not awaited."""
+        return copy_to_host(self._buffer[:num_tokens])
+
+    def finish(self, rows: torch.Tensor) -> tuple[np.ndarray[Any, Any], RowStatus, str]:
+        """``[N, L, k]`` ids from what :meth:`copy_rows` returned, and what they are worth."""
+        ids = rows.numpy().view(self._dtype)
+        return ids, *step_status(ids, self.layout.num_experts, self._fill)
+
+
+def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy to (pinned) host memory, in the order of the current stream, without waiting."""
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def find_routers(
+    model: torch.nn.Module, num_hidden_layers: int, top_k: int
+) -> Iterator[RouterSource]:
+    """Yield the routers of a loaded model of ``num_hidden_layers`` layers.
+
+    ``top_k`` is the model's; it serves modules that do not say it themselves.
+
+    Raises:
+        ValueError: a router whose choice cannot be captured; the message names its layer.
+
+    """
+    from vllm.model_executor.layers.fused_moe.layer import MoERunner
+    from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
+        RoutedExpertsCaptureSource,
+    )
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedExpertsCaptureSource):
+            chosen, attach = top_k, _attribute_attacher(module)
+        elif not isinstance(module, MoERunner):
+            continue
+        elif module.is_monolithic:
+            chosen, attach = module.moe_config.experts_per_token, _sink_attacher(name, module)
+        elif isinstance(module.router, BaseRouter):
+            chosen, attach = module.router.top_k, _router_attacher(module.router)
+        else:
+            raise ValueError(
+                f"the routing of layer {name!r} cannot be captured: its router is a "
+                f"{type(module.router).__name__}, expected a BaseRouter: serve this model without "
+                "--enable-return-routed-experts."
+            )
+        # Multi-token-prediction layers are numbered after the decoder's and draft only.
+        if module.layer_id < num_hidden_layers:
+            yield RouterSource(module.layer_id, name, chosen, attach)
+
+
+def _chained(capture: CaptureFn, before: CaptureFn | None) -> CaptureFn:
+    assert isinstance(capture, LayerCapture)
+    capture.then = before.then if isinstance(before, LayerCapture) else before
+    return capture
+
+
+def _router_attacher(router: Any) -> Callable[[CaptureFn], None]:
+    return lambda capture: router.set_capture_fn(_chained(capture, router.capture_fn))
+
+
+def _attribute_attacher(module: Any) -> Callable[[CaptureFn], None]:
+    def attach(capture: CaptureFn) -> None:
+        module.capture_fn = _chained(capture, module.capture_fn)
+
+    return attach
+
+
+def _sink_attacher(name: str, module: Any) -> Callable[[CaptureFn], None]:
+    """For kernels that route by themselves and report their choice into a buffer."""
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExpertsMonolithic
+    from vllm.model_executor.layers.fused_moe.routed_experts_capturer import RoutedExpertsSink
+
+    kernel = getattr(module.routed_experts.quant_method, "moe_kernel", None)
+    experts = getattr(getattr(kernel, "impl", None), "fused_experts", None)
+    if not (
+        isinstance(experts, FusedMoEExpertsMonolithic) and experts.supports_routing_replay_capture()
+    ):
+        raise ValueError(
+            f"the routing of layer {name!r} cannot be captured: its kernel "
+            f"{type(experts).__name__} routes by itself and does not report its choice, expected "
+            "one that does: choose another with --moe-backend, for example triton."
+        )
+
+    def attach(capture: CaptureFn) -> None:
+        sink = module.routed_experts.routing_sink
+        before = sink.capture_fn if sink is not None else None
+        module.routed_experts.routing_sink = RoutedExpertsSink(
+            experts.moe_config, _chained(capture, before)
+        )
+
+    return attach

@@ -1,0 +1,91 @@
+"""The engine core's part: the handshake with the workers, and rows of aborted requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from shared_schema import RoutingLayout
+from vllm_r3_plugin.scheduler_factory import SchedulerFactory
+from vllm_r3_plugin.wrapping import wrap_once
+
+
+def install() -> None:
+    """Wrap what the engine core needs; engines without the flag only pass through."""
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc
+
+    wrap_once(EngineCore, "_initialize_kv_caches", _initialize_kv_caches)
+    wrap_once(EngineCoreProc, "_send_finish_outputs_to_client", _send_finish_outputs_to_client)
+    EngineCore.moe_r3_abort = moe_r3_abort
+
+
+def handshake(engine_core: Any) -> RoutingLayout:
+    """Ask every worker what it captures; all must run this plugin and agree.
+
+    Raises:
+        RuntimeError: a worker does not run the plugin, or captures something else; the message
+            names its host.
+
+    """
+    try:
+        reports = engine_core.collective_rpc("moe_r3_report")
+    except Exception as error:
+        raise RuntimeError(
+            f"a worker does not capture routing ({error}), expected worker_cls "
+            f"{engine_core.vllm_config.parallel_config.worker_cls!r} in every worker: use an "
+            "executor that honours worker_cls, or remove --enable-return-routed-experts."
+        ) from error
+    first = reports[0]
+    for rank, report in enumerate(reports):
+        if report["layout"] != first["layout"] or report["version"] != first["version"]:
+            raise RuntimeError(
+                f"worker {rank} on host {report['host']} captures {report['layout']} with moe-r3 "
+                f"{report['version']}, expected {first['layout']} with {first['version']} as on "
+                f"host {first['host']}: install the same versions on every node."
+            )
+    return RoutingLayout.from_dict(first["layout"])
+
+
+def moe_r3_abort(engine_core: Any, request_ids: list[str]) -> dict[str, list[Any]]:
+    """Abort requests and return their rows; a method of ``EngineCore``, for front ends.
+
+    Returns:
+        ``[position after the last row, dtype, shape, bytes]`` by request id.
+
+    """
+    engine_core.abort_requests(request_ids)
+    return {
+        request_id: [stop, rows.dtype.str, list(rows.shape), rows.tobytes()]
+        for request_id, (stop, rows) in _rows_of_aborted(engine_core, request_ids).items()
+    }
+
+
+def _initialize_kv_caches(original: Callable[..., Any], self: Any, vllm_config: Any) -> Any:
+    # Here every worker has loaded the model and none has captured a graph or compiled.
+    scheduler_config = vllm_config.scheduler_config
+    factory = scheduler_config.scheduler_cls
+    if isinstance(factory, SchedulerFactory):
+        scheduler_config.scheduler_cls = replace(factory, layout=handshake(self))
+    return original(self, vllm_config)
+
+
+def _send_finish_outputs_to_client(
+    original: Callable[..., Any], self: Any, req_ids: list[str], client_index: int, reason: Any
+) -> None:
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+
+    rows = _rows_of_aborted(self, req_ids) if reason == FinishReason.ABORT else {}
+    if not rows:
+        original(self, req_ids, client_index, reason)
+        return
+    outputs = [EngineCoreOutput(i, [], finish_reason=reason) for i in req_ids]
+    for output in outputs:
+        _, output.routed_experts = rows.get(output.request_id, (0, None))
+    core_outputs = EngineCoreOutputs(finished_requests=set(req_ids), outputs=outputs)
+    self.output_queue.put_nowait((client_index, core_outputs))
+
+
+def _rows_of_aborted(engine_core: Any, request_ids: Iterable[str]) -> dict[str, Any]:
+    collect = getattr(engine_core.scheduler, "r3_rows_of_aborted", None)
+    return collect(request_ids) if collect is not None else {}

@@ -1,0 +1,69 @@
+"""The front end's part: rows of requests that a client aborts, and rows that were withdrawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from vllm_r3_plugin.journal import Journal
+from vllm_r3_plugin.scheduler_factory import SchedulerFactory
+from vllm_r3_plugin.wrapping import wrap_once
+
+_journal = Journal()
+
+
+def install() -> None:
+    """Wrap what the front end needs; engines without the flag only pass through."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import RequestState
+
+    wrap_once(AsyncLLM, "abort", _abort)
+    wrap_once(RequestState, "_new_completion_output", _new_completion_output)
+
+
+async def _abort(
+    original: Callable[..., Any],
+    self: Any,
+    request_id: str | Iterable[str],
+    internal: bool = False,
+) -> None:
+    """Fetch the rows of a request before its end is reported.
+
+    vLLM reports an aborted request with what the front end has received so far. Rows leave the
+    engine core when a request ends, so at this moment they are still there.
+    """
+    ids = [request_id] if isinstance(request_id, str) else list(request_id)
+    # Internal aborts follow a client that has gone: nobody reads what is reported.
+    if not internal and isinstance(
+        self.vllm_config.scheduler_config.scheduler_cls, SchedulerFactory
+    ):
+        with _journal.guard("fetching the rows of aborted requests"):
+            await _fetch_rows(self, ids)
+    await original(self, ids, internal)
+
+
+async def _fetch_rows(engine: Any, external_ids: list[str]) -> None:
+    processor = engine.output_processor
+    ids = [i for external in external_ids for i in processor.external_req_ids.get(external, ())]
+    if not ids:
+        return
+    fetched = await engine.engine_core.call_utility_async("moe_r3_abort", ids)
+    for request_id, (stop, dtype, shape, data) in fetched.items():
+        state = processor.request_states.get(request_id)
+        num_tokens = state.detokenizer.num_output_tokens() if state is not None else 0
+        if num_tokens:
+            # The engine core may be some tokens ahead of what has arrived here.
+            surplus = stop - (state.prompt_len + num_tokens - 1)
+            rows = np.frombuffer(data, dtype).reshape(shape)
+            state.routed_experts_chunks.append(rows[: max(0, len(rows) - surplus)])
+
+
+def _new_completion_output(original: Callable[..., Any], self: Any, *args: Any) -> Any:
+    """Return no routed experts where the engine core withdrew rows that it had already sent."""
+    output = original(self, *args)
+    rows = output.routed_experts
+    if rows is not None and rows.dtype.kind == "f":
+        output.routed_experts = None
+    return output

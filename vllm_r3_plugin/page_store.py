@@ -1,0 +1,321 @@
+"""Routing rows of the requests in flight, in pages owned by the request and indexed by position."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, Integer, UInt, UInt8
+
+from shared_schema import RoutingLayout, RowStatus
+
+_NOWHERE = 0
+"""Page 0 takes the rows that nobody wants, so that a write needs no mask; slot 0 owns only it."""
+
+
+class PendingHit(NamedTuple):
+    """Rows of a prefix-cache hit that a step still in flight may publish."""
+
+    slot: int
+    page_index: int
+    key: Hashable
+
+
+class _SlotOf(dict[str, int]):
+    """Slot of each request; an unknown request has slot 0."""
+
+    def __missing__(self, request_id: str) -> int:
+        return 0
+
+
+class PageStore:
+    """Pages of ``page_size`` rows; one pool ``[pages, page_size, L, k]`` in the narrow dtype.
+
+    Pages, not KV slots: the engine gives a KV slot to another request while steps that wrote it
+    are still on their way, and a request can finish without owning a single block. A row belongs
+    to (request, position) for as long as the request lives.
+
+    Full pages are published under the key of their KV block. A request admitted with a prefix-cache
+    hit shares them, which pins them; pages that no request refers to are kept until room is
+    needed, least recently used first.
+
+    A row is written at most as often as its token is fed, and never below the position at which
+    the request was last admitted: what earlier tokens were sampled with stays.
+
+    Args:
+        layout: shape of a row.
+        page_size: B, rows of a page: the tokens of a KV block hash.
+        max_tokens: longest sequence.
+        cached_pages: pages kept in all before unreferenced ones are given up.
+        max_pages: pages at most. Beyond it new rows are dropped and read back as unrecorded.
+
+    """
+
+    def __init__(
+        self,
+        layout: RoutingLayout,
+        page_size: int,
+        max_tokens: int,
+        cached_pages: int,
+        max_pages: int,
+    ) -> None:
+        self.layout = layout
+        self.page_size = page_size
+        self.rows_dropped = 0
+        self._soft_limit = max(1, min(cached_pages, max_pages))
+        self._max_pages = max(1, max_pages)
+        pages = 1 + self._soft_limit
+        row = (layout.num_moe_layers, layout.top_k)
+        self._pool = np.empty((pages, page_size, *row), layout.dtype)
+        self._status = np.empty((pages, page_size), np.uint8)
+        self._references = np.zeros(pages, np.int32)
+        self._free_pages: list[int] = []
+        self._next_page = 1
+        self._page_of_key: dict[Hashable, int] = {}
+        self._key_of_page: dict[int, Hashable] = {}
+        self._unreferenced: OrderedDict[int, None] = OrderedDict()
+        self._generation = 0
+
+        slots, width = 64, -(-max_tokens // page_size)
+        self._slot_of = _SlotOf()
+        self._free_slots: list[int] = list(range(slots - 1, 0, -1))
+        self._table = np.zeros((slots, width), np.int32)
+        self._floor = np.zeros(slots, np.int64)
+        self._floor[0] = np.iinfo(np.int64).max
+        self._keys: list[Sequence[Hashable]] = [()] * slots
+        self._slot_generation = [0] * slots
+        self._hit_stop = [0] * slots
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._slot_of
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that hold rows of a request or are kept for a prefix-cache hit."""
+        return self._next_page - 1 - len(self._free_pages)
+
+    def admit(
+        self, request_id: str, start: int, keys: Sequence[Hashable], keep: int = 0
+    ) -> list[PendingHit]:
+        """Begin, or begin again, a request whose tokens from position ``start`` will be fed.
+
+        Args:
+            request_id: the request.
+            start: tokens before it are not fed: they hit the prefix cache.
+            keys: key of each full page of the request's tokens; may grow while the request runs.
+            keep: rows below this position are kept from an earlier admission.
+
+        Returns:
+            Hits whose rows are not there yet. Pass them to :meth:`resolve` once the rows of all
+            steps scheduled so far have been written.
+
+        """
+        slot = self._slot_of[request_id] or self._new_slot(request_id)
+        self._keys[slot] = keys
+        self._slot_generation[slot] = self._generation
+        self._truncate(slot, keep)
+        self._floor[slot] = max(start, keep)
+        if keep == 0:
+            self._hit_stop[slot] = start
+        size = self.page_size
+        pending = []
+        for index in range(keep // size, -(-start // size)):
+            if index < len(keys):
+                hit = PendingHit(slot, index, keys[index])
+                if not self._attach(hit, keep, start):
+                    pending.append(hit)
+        return pending
+
+    def resolve(self, pending: Iterable[PendingHit]) -> None:
+        """Give earlier hits the pages that have been published since."""
+        for hit in pending:
+            self._attach(hit, 0, int(self._floor[hit.slot]))
+
+    def write(
+        self,
+        request_ids: Sequence[str],
+        num_tokens: Int[np.ndarray, " R"],
+        positions: Int[np.ndarray, " N"],
+        ids: Integer[np.ndarray, "N L k"],
+        status: RowStatus = RowStatus.RECORDED,
+    ) -> None:
+        """Store one step: ``num_tokens[i]`` rows of ``request_ids[i]`` at ``positions``.
+
+        Rows of unknown requests and rows below a request's floor go nowhere.
+        """
+        slots = np.fromiter(map(self._slot_of.__getitem__, request_ids), np.int64, len(request_ids))
+        if len(positions) != len(slots):
+            slots = np.repeat(slots, num_tokens)
+        page_index = positions // self.page_size
+        offset = positions - page_index * self.page_size
+        wanted = positions >= self._floor[slots]
+        pages = self._table[slots, page_index]
+        missing = wanted & (pages == _NOWHERE)
+        if missing.any():
+            for slot, index in set(
+                zip(slots[missing].tolist(), page_index[missing].tolist(), strict=True)
+            ):
+                self._table[slot, index] = self._new_page()
+            pages = self._table[slots, page_index]
+            self.rows_dropped += int((wanted & (pages == _NOWHERE)).sum())
+        pages *= wanted
+        self._pool[pages, offset] = ids
+        self._status[pages, offset] = status
+        last = np.flatnonzero((offset == self.page_size - 1) & (pages != _NOWHERE))
+        for row in last.tolist():
+            self._publish(int(slots[row]), int(page_index[row]))
+
+    def settle(self, request_id: str, stop: int) -> None:
+        """Forget rows from position ``stop`` on, and publish the full pages before it.
+
+        Speculative decoding feeds draft tokens; the rows of rejected ones are not the request's.
+        """
+        slot = self._slot_of[request_id]
+        if not slot:
+            return
+        self._truncate(slot, stop)
+        full = stop // self.page_size
+        for index in range(max(0, full - 2), full):
+            if int(self._table[slot, index]) not in self._key_of_page:
+                self._publish(slot, index)
+
+    def read(
+        self, request_id: str, start: int, stop: int
+    ) -> tuple[UInt[np.ndarray, "T L k"], UInt8[np.ndarray, " T"]]:
+        """Copies of the rows at positions ``start`` … ``stop - 1``: ids, and status of each row."""
+        slot = self._slot_of[request_id]
+        size = self.page_size
+        first = start // size
+        pages = self._table[slot, first : -(-stop // size)]
+        rows = slice(start - first * size, stop - first * size)
+        status = self._status[pages]
+        status[pages == _NOWHERE] = RowStatus.STEP_LOST
+        flat_status = status.reshape(-1)[rows]
+        hits = flat_status[: max(0, self._hit_stop[slot] - start)]
+        hits[hits == RowStatus.STEP_LOST] = RowStatus.EVICTED
+        ids = self._pool[pages].reshape(-1, *self._pool.shape[2:])[rows]
+        if flat_status.any():
+            ids[flat_status != RowStatus.RECORDED] = self.layout.fill_id
+        return ids, flat_status
+
+    def release(self, request_id: str) -> None:
+        """End a request; its published pages stay for later hits."""
+        slot = self._slot_of.pop(request_id, 0)
+        if slot:
+            self._truncate(slot, 0)
+            self._keys[slot] = ()
+            self._free_slots.append(slot)
+
+    def start_generation(self) -> None:
+        """Give up all published pages: the KV cache was reset, for new weights say."""
+        self._generation += 1
+        self._free_pages.extend(self._unreferenced)
+        self._unreferenced.clear()
+        self._page_of_key.clear()
+        self._key_of_page.clear()
+
+    def _new_slot(self, request_id: str) -> int:
+        if not self._free_slots:
+            count = len(self._floor)
+            self._free_slots.extend(range(2 * count - 1, count - 1, -1))
+            self._table = np.concatenate([self._table, np.zeros_like(self._table)])
+            self._floor = np.concatenate([self._floor, np.zeros_like(self._floor)])
+            self._keys += [()] * count
+            self._slot_generation += [0] * count
+            self._hit_stop += [0] * count
+        slot = self._free_slots.pop()
+        self._slot_of[request_id] = slot
+        return slot
+
+    def _new_page(self) -> int:
+        """An unreferenced page whose rows read as lost, referenced once; 0 if there is no room."""
+        if self._free_pages:
+            page = self._free_pages.pop()
+        elif self._next_page > self._soft_limit and self._unreferenced:
+            page, _ = self._unreferenced.popitem(last=False)
+            del self._page_of_key[self._key_of_page.pop(page)]
+        elif self._next_page <= self._max_pages:
+            page = self._next_page
+            if page == len(self._pool):
+                self._grow()
+            self._next_page += 1
+        else:
+            return _NOWHERE
+        self._status[page] = RowStatus.STEP_LOST
+        self._references[page] = 1
+        return page
+
+    def _grow(self) -> None:
+        pages = min(2 * len(self._pool), 1 + self._max_pages)
+        for name in ("_pool", "_status", "_references"):
+            old = getattr(self, name)
+            new = np.empty((pages, *old.shape[1:]), old.dtype)
+            new[: len(old)] = old
+            setattr(self, name, new)
+
+    def _attach(self, hit: PendingHit, keep: int, start: int) -> bool:
+        """Share a published page, or copy rows ``keep`` … ``start - 1`` of it; False if absent."""
+        source = self._page_of_key.get(hit.key, _NOWHERE)
+        if source == _NOWHERE:
+            return False
+        size = self.page_size
+        first, stop = max(keep - hit.page_index * size, 0), min(start - hit.page_index * size, size)
+        if (first, stop) == (0, size):
+            self._references[source] += 1
+            self._unreferenced.pop(source, None)
+            self._table[hit.slot, hit.page_index] = source
+            return True
+        page = int(self._table[hit.slot, hit.page_index]) or self._new_page()
+        self._table[hit.slot, hit.page_index] = page
+        self._pool[page, first:stop] = self._pool[source, first:stop]
+        self._status[page, first:stop] = self._status[source, first:stop]
+        return True
+
+    def _publish(self, slot: int, index: int) -> None:
+        """Publish a page if this request fed all of it in the current generation."""
+        page = int(self._table[slot, index])
+        keys = self._keys[slot]
+        if (
+            index >= len(keys)
+            or index * self.page_size < self._floor[slot]
+            or self._slot_generation[slot] != self._generation
+            or self._status[page].any()
+        ):
+            return
+        older = self._page_of_key.get(keys[index])
+        if older is not None:
+            del self._key_of_page[older]
+            if older in self._unreferenced:
+                del self._unreferenced[older]
+                self._free_pages.append(older)
+        self._page_of_key[keys[index]] = page
+        self._key_of_page[page] = keys[index]
+
+    def _truncate(self, slot: int, stop: int) -> None:
+        """Forget rows from position ``stop`` on."""
+        index, offset = divmod(stop, self.page_size)
+        row = self._table[slot]
+        if offset:
+            page = int(row[index])
+            if page in self._key_of_page or self._references[page] > 1:
+                own = self._new_page()
+                self._pool[own, :offset] = self._pool[page, :offset]
+                self._status[own, :offset] = self._status[page, :offset]
+                self._drop_reference(page)
+                row[index] = own
+            elif page != _NOWHERE:
+                self._status[page, offset:] = RowStatus.STEP_LOST
+            index += 1
+        for column in (index + np.flatnonzero(row[index:])).tolist():
+            self._drop_reference(int(row[column]))
+            row[column] = _NOWHERE
+
+    def _drop_reference(self, page: int) -> None:
+        self._references[page] -= 1
+        if self._references[page] == 0:
+            if page in self._key_of_page:
+                self._unreferenced[page] = None
+            else:
+                self._free_pages.append(page)

@@ -1,0 +1,297 @@
+"""The scheduler: whichever would have run, with the routing of its requests kept and returned."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shared_schema import RoutedExperts, RoutingLayout, RowStatus, to_vllm_native
+from vllm_r3_plugin.journal import Journal
+from vllm_r3_plugin.options import R3Options
+from vllm_r3_plugin.page_store import PageStore, PendingHit
+from vllm_r3_plugin.step_rows import STEP_ROWS_ATTRIBUTE, StepRows
+
+
+@dataclass
+class TrackedRequest:
+    """A request whose rows are kept.
+
+    Attributes:
+        request: vLLM's own object.
+        sent: rows below this position have left.
+        kept: rows below this position belong to tokens already emitted.
+        incomplete: a row that was due is unrecorded, so nothing leaves any more.
+
+    """
+
+    request: Any
+    sent: int
+    kept: int = 0
+    incomplete: bool = False
+
+    @property
+    def leaves_with_each_output(self) -> bool:
+        """Whether the front end may end the request by itself, on a stop string."""
+        return bool(self.request.sampling_params.stop)
+
+
+@dataclass
+class Step:
+    """A step that was scheduled and whose output has not been processed."""
+
+    number: int
+    pending_hits: list[PendingHit]
+
+
+class RoutingScheduler:
+    """Mixin over a vLLM scheduler class: keeps routed experts and writes them into outputs.
+
+    It follows the requests through :meth:`schedule`, stores each step's rows before vLLM processes
+    the step's tokens, and fills ``EngineCoreOutput.routed_experts`` where a request ends. Nothing
+    that goes wrong here reaches vLLM: it costs rows, and is counted.
+    """
+
+    requests: dict[str, Any]
+
+    def __init__(self, *args: Any, r3_layout: RoutingLayout, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.r3_journal = Journal()
+        self.r3_store = _build_store(self, r3_layout)
+        self._r3_tracked: dict[str, TrackedRequest] = {}
+        self._r3_riding: set[str] = set()
+        self._r3_dropping: set[str] = set()
+        self._r3_restarted: set[str] = set()
+        self._r3_steps: deque[Step] = deque()
+        self._r3_step_number = 0
+        self._r3_retired: deque[tuple[int, str]] = deque()
+        self._r3_outgoing: dict[str, np.ndarray[Any, Any]] = {}
+
+    # --- what vLLM calls ---------------------------------------------------------------------
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Schedule, then note which requests begin and which prefix-cache hits they had."""
+        scheduler_output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self._r3_step_number += 1
+        step = Step(self._r3_step_number, [])
+        self._r3_steps.append(step)
+        with self.r3_journal.guard("admitting requests"):
+            self._r3_release_retired()
+            self._r3_admit(scheduler_output, step)
+        return scheduler_output
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """Store the step's rows, let vLLM process its tokens, then send rows that are due."""
+        step = self._r3_steps.popleft()
+        rows = getattr(model_runner_output, STEP_ROWS_ATTRIBUTE, None)
+        if scheduler_output.total_num_scheduled_tokens:
+            with self.r3_journal.guard("storing a step"):
+                self._r3_store_step(rows)
+        with self.r3_journal.guard("resolving prefix-cache hits"):
+            self.r3_store.resolve(step.pending_hits)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        with self.r3_journal.guard("settling draft tokens"):
+            self._r3_settle(scheduler_output)
+        with self.r3_journal.guard("sending rows"):
+            self._r3_send(outputs)
+        return outputs
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Reset; rows kept for prefix-cache hits belong to the old cache."""
+        done = super().reset_prefix_cache(*args, **kwargs)  # type: ignore[misc]
+        if done:
+            with self.r3_journal.guard("resetting the prefix cache"):
+                self.r3_store.start_generation()
+        return bool(done)
+
+    def shutdown(self) -> None:
+        """Shut down; say what was counted."""
+        self.r3_journal.report()
+        super().shutdown()  # type: ignore[misc]
+
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
+        with self.r3_journal.guard("preempting a request"):
+            self._r3_restarted.add(request.request_id)
+            self._r3_note_dropped_output(request)
+
+    def _handle_stopped_request(self, request: Any) -> bool:
+        with self.r3_journal.guard("collecting the rows of a request"):
+            self._r3_collect(request)
+        finished = super()._handle_stopped_request(request)  # type: ignore[misc]
+        with self.r3_journal.guard("continuing a session"):
+            if not finished:
+                self._r3_restarted.add(request.request_id)
+                self._r3_note_dropped_output(request)
+        return bool(finished)
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        # Steps in flight may still write KV blocks that other requests hit: keep taking its rows.
+        self._r3_retired.append((self._r3_step_number, request.request_id))
+        return result
+
+    # --- what the engine core asks -----------------------------------------------------------
+
+    def r3_rows_of_aborted(
+        self, request_ids: Iterable[str]
+    ) -> dict[str, tuple[int, np.ndarray[Any, Any]]]:
+        """Rows not yet sent of requests that have just been aborted, and where they stop."""
+        found: dict[str, tuple[int, np.ndarray[Any, Any]]] = {}
+        with self.r3_journal.guard("collecting the rows of aborted requests"):
+            for request_id in request_ids:
+                tracked = self._r3_tracked.get(request_id)
+                if tracked is not None and tracked.request.num_output_tokens:
+                    rows = self._r3_take(tracked)
+                    if rows is not None:
+                        found[request_id] = (tracked.sent, rows)
+        return found
+
+    # --- following requests ------------------------------------------------------------------
+
+    def _r3_admit(self, scheduler_output: Any, step: Step) -> None:
+        for new in scheduler_output.scheduled_new_reqs:
+            self._r3_admit_request(new.req_id, scheduler_output, step)
+        for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
+            self._r3_admit_request(request_id, scheduler_output, step)
+
+    def _r3_admit_request(self, request_id: str, scheduler_output: Any, step: Step) -> None:
+        request = self.requests[request_id]
+        start = request.num_computed_tokens - scheduler_output.num_scheduled_tokens[request_id]
+        tracked = self._r3_tracked.get(request_id)
+        if tracked is None:
+            tracked = TrackedRequest(request, request.sampling_params.routed_experts_prompt_start)
+            self._r3_tracked[request_id] = tracked
+            if tracked.leaves_with_each_output:
+                self._r3_riding.add(request_id)
+        elif request_id in self._r3_restarted:
+            self._r3_restarted.discard(request_id)
+            if request.num_output_tokens:
+                tracked.kept = request.num_tokens - 1
+        step.pending_hits += self.r3_store.admit(
+            request_id, start, request.block_hashes, tracked.kept
+        )
+
+    def _r3_note_dropped_output(self, request: Any) -> None:
+        if request.drop_stale_output and request.num_stale_output_tokens:
+            self._r3_dropping.add(request.request_id)
+
+    def _r3_store_step(self, rows: StepRows | None) -> None:
+        if rows is None:
+            self.r3_journal.note("STEP_LOST", "a step came back without its routing")
+            return
+        request_ids = rows.request_ids
+        if self._r3_dropping:
+            request_ids = [r if not self._r3_is_dropped(r) else "" for r in request_ids]
+        store = self.r3_store
+        dropped = store.rows_dropped
+        store.write(request_ids, rows.num_tokens, rows.positions, rows.ids, rows.status)
+        if store.rows_dropped > dropped:
+            self.r3_journal.note(
+                "STORE_FULL",
+                f"the routing store is full at {store.num_pages} pages of {store.page_size} rows, "
+                'rows are dropped: raise max_bytes in additional_config["r3"]',
+                number=store.rows_dropped - dropped,
+            )
+
+    def _r3_is_dropped(self, request_id: str) -> bool:
+        """Whether vLLM will throw away what the current step produced for this request."""
+        if request_id not in self._r3_dropping:
+            return False
+        request = self.requests.get(request_id)
+        if request is not None and request.num_stale_output_tokens and request.drop_stale_output:
+            return True
+        self._r3_dropping.discard(request_id)
+        return False
+
+    def _r3_settle(self, scheduler_output: Any) -> None:
+        for request_id in scheduler_output.scheduled_spec_decode_tokens:
+            request = self.requests.get(request_id)
+            if request is not None:
+                self.r3_store.settle(request_id, request.num_tokens - 1)
+
+    def _r3_release_retired(self) -> None:
+        oldest = self._r3_steps[0].number if self._r3_steps else self._r3_step_number + 1
+        while self._r3_retired and self._r3_retired[0][0] < oldest:
+            _, request_id = self._r3_retired.popleft()
+            self.r3_store.release(request_id)
+            self._r3_tracked.pop(request_id, None)
+            for members in (self._r3_riding, self._r3_dropping, self._r3_restarted):
+                members.discard(request_id)
+
+    # --- sending rows ------------------------------------------------------------------------
+
+    def _r3_collect(self, request: Any) -> None:
+        tracked = self._r3_tracked.get(request.request_id)
+        if tracked is not None:
+            rows = self._r3_take(tracked)
+            if rows is not None:
+                self._r3_outgoing[request.request_id] = rows
+            tracked.kept = request.num_tokens - 1
+
+    def _r3_send(self, outputs: dict[int, Any]) -> None:
+        if not self._r3_outgoing and not self._r3_riding:
+            return
+        for core_outputs in outputs.values():
+            for output in core_outputs.outputs:
+                request_id = output.request_id
+                rows = self._r3_outgoing.pop(request_id, None)
+                if rows is None and request_id in self._r3_riding and output.new_token_ids:
+                    rows = self._r3_take(self._r3_tracked[request_id])
+                output.routed_experts = rows
+        self._r3_outgoing.clear()
+
+    def _r3_take(self, tracked: TrackedRequest) -> np.ndarray[Any, Any] | None:
+        """Rows due since the last call, as vLLM's native array, or None if one is unrecorded."""
+        request = tracked.request
+        layout = self.r3_store.layout
+        start, stop = tracked.sent, request.num_tokens - 1
+        if tracked.incomplete or stop < start:
+            return None
+        ids, status = self.r3_store.read(request.request_id, start, stop)
+        tracked.sent = stop
+        if not status.any():
+            return to_vllm_native(RoutedExperts.trusted(ids, layout, start, status, ()))
+        tracked.incomplete = True
+        first = int(np.flatnonzero(status)[0])
+        reason = RowStatus(int(status[first])).name
+        self.r3_journal.note(
+            f"INCOMPLETE_{reason}",
+            f"request {request.request_id} returns no routed experts: {np.count_nonzero(status)} "
+            f"of {len(status)} rows are unrecorded, the first at position {start + first} "
+            f"({reason})",
+        )
+        return withdrawal(layout) if request.request_id in self._r3_riding else None
+
+
+def withdrawal(layout: RoutingLayout) -> np.ndarray[Any, Any]:
+    """No rows, of a dtype that ids never have: earlier parts of this request's rows are void.
+
+    Only requests with stop strings send rows in parts, and the front end joins them; the join with
+    this part is an array of floats, by which the front end knows that it has nothing to return.
+    """
+    return np.empty((0, layout.num_hidden_layers, layout.top_k), np.float16)
+
+
+def _build_store(scheduler: Any, layout: RoutingLayout) -> PageStore:
+    config = scheduler.vllm_config
+    page_size = scheduler.hash_block_size
+    page_bytes = page_size * layout.row_nbytes
+    cached_tokens = config.cache_config.num_gpu_blocks * config.cache_config.block_size
+    cached_pages = -(-cached_tokens // page_size)
+    max_bytes = R3Options.of(config).max_bytes
+    if max_bytes is None:
+        pages_of_request = -(-scheduler.max_model_len // page_size)
+        max_pages = cached_pages + scheduler.max_num_running_reqs * pages_of_request
+    else:
+        max_pages = max_bytes // page_bytes
+    return PageStore(layout, page_size, scheduler.max_model_len, cached_pages, max_pages)
+
+
+def routing_scheduler(base: type, layout: RoutingLayout, **kwargs: Any) -> Any:
+    """Build a scheduler of class ``base`` that also keeps routing; ``kwargs`` are vLLM's."""
+    composed = type(f"Routing{base.__name__}", (RoutingScheduler, base), {})
+    return composed(r3_layout=layout, **kwargs)

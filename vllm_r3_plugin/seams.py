@@ -1,0 +1,202 @@
+"""Every part of vLLM that is not its public interface and that this package relies on."""
+
+from __future__ import annotations
+
+import importlib
+from functools import reduce
+from typing import NamedTuple
+
+CHECKED_ON = ("0.32.0",)
+"""Releases of vLLM on which every entry below was read and tested."""
+
+
+class Seam(NamedTuple):
+    """One symbol of vLLM that we touch.
+
+    Attributes:
+        symbol: ``module:attribute.attribute``.
+        what: what we do with it.
+        why: what needs it.
+        gone_when: what would let us drop it.
+
+    """
+
+    symbol: str
+    what: str
+    why: str
+    gone_when: str
+
+
+_UPSTREAM = "vLLM's own routed-experts output runs in every configuration"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_MOE = "vllm.model_executor.layers.fused_moe"
+
+SEAMS = (
+    Seam(
+        "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+        "wrapped",
+        "every way to start an engine passes here; sets our worker and scheduler",
+        "a plugin can set worker_cls and scheduler_cls by itself",
+    ),
+    Seam(
+        "vllm.v1.engine.core:EngineCore._initialize_kv_caches",
+        "wrapped",
+        "the engine core asks all workers what they capture, before warm-up",
+        "a start-up hook between engine core and workers",
+    ),
+    Seam(
+        "vllm.v1.engine.core:EngineCore.abort_requests",
+        "called by a method that we add to the class, moe_r3_abort",
+        "an abort by a client must return the rows that the engine core holds",
+        "the front end waits for the engine core's last output of an aborted request",
+    ),
+    Seam(
+        "vllm.v1.engine.core:EngineCoreProc._send_finish_outputs_to_client",
+        "wrapped",
+        "a pause aborts requests and builds their outputs outside the scheduler",
+        "the scheduler builds the outputs of aborted requests",
+    ),
+    Seam(
+        "vllm.v1.engine.async_llm:AsyncLLM.abort",
+        "wrapped",
+        "fetches the rows of a request before its end is reported to the client",
+        "the front end waits for the engine core's last output of an aborted request",
+    ),
+    Seam(
+        "vllm.v1.engine.output_processor:RequestState._new_completion_output",
+        "wrapped",
+        "rows sent in parts, for stop strings, are withdrawn when a later one is unrecorded",
+        "routed experts can be marked incomplete in EngineCoreOutput",
+    ),
+    Seam(f"{_SCHEDULER}.schedule", "extended", "follows which requests begin or resume", _UPSTREAM),
+    Seam(
+        f"{_SCHEDULER}.update_from_output",
+        "extended",
+        "stores a step's rows and fills the outputs",
+        _UPSTREAM,
+    ),
+    Seam(
+        f"{_SCHEDULER}._preempt_request",
+        "extended",
+        "rows of emitted tokens are kept, later ones are taken anew",
+        "the scheduler reports preemptions",
+    ),
+    Seam(
+        f"{_SCHEDULER}._handle_stopped_request",
+        "extended",
+        "a request's rows are collected where it ends, before a session changes its tokens",
+        "the scheduler reports the end of requests",
+    ),
+    Seam(
+        f"{_SCHEDULER}._free_request",
+        "extended",
+        "a request's pages are given up after its last step",
+        "the scheduler reports the end of requests",
+    ),
+    Seam(
+        f"{_SCHEDULER}.reset_prefix_cache",
+        "extended",
+        "rows kept for prefix-cache hits end with the cache",
+        _UPSTREAM,
+    ),
+    Seam(
+        f"{_MOE}.router.base_router:BaseRouter.set_capture_fn",
+        "called",
+        "hears a router's logical expert ids",
+        "nothing: meant for this",
+    ),
+    Seam(f"{_MOE}.layer:MoERunner.layer_id", "read", "the decoder layer of a router", "see above"),
+    Seam(
+        f"{_MOE}.layer:MoERunner.is_monolithic",
+        "read",
+        "tells kernels that route by themselves",
+        "see above",
+    ),
+    Seam(
+        f"{_MOE}.modular_kernel:FusedMoEExpertsMonolithic.supports_routing_replay_capture",
+        "called",
+        "whether such a kernel reports its choice",
+        "see above",
+    ),
+    Seam(
+        f"{_MOE}.routed_experts_capturer:RoutedExpertsSink",
+        "constructed",
+        "the buffer through which such a kernel reports",
+        "see above",
+    ),
+    Seam(
+        f"{_MOE}.routed_experts_capturer:RoutedExpertsCaptureSource",
+        "tested for",
+        "modules that route without a router object",
+        "see above",
+    ),
+    Seam(
+        f"{_RUNNER}.execute_model",
+        "read after: input_batch, num_scheduled_tokens, positions, max_num_tokens",
+        "which request's rows a step holds, and their positions (V1)",
+        "the batch is part of ModelRunnerOutput",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.input_batch:InputBatch",
+        "read: req_ids, num_reqs, num_scheduled_tokens, positions",
+        "the same for the V2 runner, in execute_model_state",
+        "the batch is part of ModelRunnerOutput",
+    ),
+    Seam(
+        "vllm.v1.worker.worker_base:WorkerBase.execute_model",
+        "extended, with load_model, reload_weights and sample_tokens",
+        "takes a snapshot after each forward and attaches it to the step's output",
+        _UPSTREAM,
+    ),
+    Seam(
+        "vllm.v1.outputs:ModelRunnerOutput",
+        "given one more attribute, moe_r3_step_rows",
+        "carries a step's rows from the worker to the engine core",
+        "a field for plugins",
+    ),
+    Seam(
+        "vllm.v1.outputs:AsyncModelRunnerOutput.get_output",
+        "wrapped on each object",
+        "rows are awaited where vLLM awaits the sampled tokens",
+        "a field for plugins",
+    ),
+    Seam(
+        "vllm.v1.engine:EngineCoreOutput",
+        "its field routed_experts is filled",
+        "vLLM returns it from there, offline and over HTTP",
+        "nothing: meant for this",
+    ),
+)
+
+
+def missing() -> list[Seam]:
+    """The seams that the installed vLLM lacks."""
+    return [seam for seam in SEAMS if not _exists(seam.symbol)]
+
+
+def require_present() -> None:
+    """Raise unless the installed vLLM has every seam.
+
+    Raises:
+        ValueError: names the first symbol that is missing.
+
+    """
+    absent = missing()
+    if absent:
+        from vllm import __version__
+
+        raise ValueError(
+            f"vLLM {__version__} has no {absent[0].symbol}, which moe-r3 needs ({absent[0].why}), "
+            f"expected vLLM {' or '.join(CHECKED_ON)}: install that, or remove "
+            "--enable-return-routed-experts."
+        )
+
+
+def _exists(symbol: str) -> bool:
+    module, _, attributes = symbol.partition(":")
+    try:
+        reduce(getattr, attributes.split("."), importlib.import_module(module))
+    except (ImportError, AttributeError):
+        return False
+    return True
