@@ -1,0 +1,209 @@
+"""Turn the routers of a built model into replaying ones, and back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
+from typing import Any, TypeAlias
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.router import Router, TopKRouter
+
+from megatron_r3.attach_report import AttachedRouter, AttachReport
+from megatron_r3.controller import Controller, ModelChunk, unwrapped
+from megatron_r3.errors import LayoutMismatchError, ReplayStateError, UnsupportedRouterError
+from megatron_r3.layout_plan import WHOLE, Shard
+from megatron_r3.refusals import REFUSALS, Refusal, refusals_of
+from megatron_r3.router import ReplayTopKRouter, make_replaying, restore_routers, unfuse
+from shared_schema import RoutingLayout
+
+Chunks: TypeAlias = torch.nn.Module | Sequence[torch.nn.Module]
+
+
+def install() -> None:
+    """Make ``moe_enable_routing_replay`` build replaying routers from now on.
+
+    Megatron imports no plugin, so the flag alone builds stock routers. ``attach`` is still what
+    binds them to a controller. Safe to call twice; :func:`uninstall` undoes it.
+    """
+    stock_init = TopKRouter.__init__
+    if hasattr(stock_init, "replaced_by_megatron_r3"):
+        return
+
+    @functools.wraps(stock_init)
+    def init(self: TopKRouter, *args: Any, **kwargs: Any) -> None:
+        stock_init(self, *args, **kwargs)
+        if self.config.moe_enable_routing_replay:
+            make_replaying(self)
+            self.router_replay.built_in = True
+
+    init.replaced_by_megatron_r3 = stock_init  # type: ignore[attr-defined]
+    TopKRouter.__init__ = init
+
+
+def uninstall() -> None:
+    """Undo :func:`install` for models that are built from now on."""
+    TopKRouter.__init__ = getattr(
+        TopKRouter.__init__, "replaced_by_megatron_r3", TopKRouter.__init__
+    )
+
+
+def attach(
+    model_chunks: Chunks,
+    *,
+    layout: RoutingLayout | None = None,
+    accept: Collection[str] = (),
+    agreement_every: int = 16,
+) -> Controller:
+    """Make every router of the model replay, and return the controller that feeds them.
+
+    Under pipeline parallelism every rank has to call it: routers are numbered by their global MoE
+    ordinal, which is gathered over the pipeline. Routers of multi-token prediction stay native.
+
+    Args:
+        model_chunks: the model, or the chunks of this rank's virtual stages, wrapped or not.
+        layout: of the routes; needed where Megatron's layer numbers are not those of the Hugging
+            Face model, otherwise read from the config.
+        accept: names of refusals to go on with, each explained in the error that names it.
+        agreement_every: compare replayed with native routing in every so many micro-batches, since
+            replay hides router bugs; it costs a second top-k there. 0 switches it off.
+
+    Raises:
+        UnsupportedRouterError: a router that cannot be replayed as it is configured.
+        LayoutMismatchError: the model's MoE layers are not those of the layout.
+        ReplayStateError: a controller is already attached.
+
+    """
+    chunks = [model_chunks] if isinstance(model_chunks, torch.nn.Module) else list(model_chunks)
+    unknown = set(accept) - {refusal.name for refusal in REFUSALS}
+    if unknown:
+        raise UnsupportedRouterError(
+            f"accept has {sorted(unknown)}, expected names out of "
+            f"{sorted(refusal.name for refusal in REFUSALS)}: correct them."
+        )
+    routers = [list(_decoder_routers(chunk)) for chunk in chunks]
+    refusals = _refusals([router for _, router in chain(*routers)], accept)
+    numbers = [router.layer_number for _, router in chain(*routers)]
+    layout, ordinals = _ordinals(numbers, layout, chunks)
+
+    replayed, native, model = [], list(_mtp_routers(chunks)), []
+    for number, (chunk, named) in enumerate(zip(chunks, routers, strict=True)):
+        handles, layers = [], []
+        for name, router in sorted(named, key=lambda item: item[1].layer_number):
+            accepted = refusals[id(router)]
+            index = ordinals[router.layer_number]
+            entry = AttachedRouter(
+                name, number, router.layer_number, index, tuple(r.name for r in accepted)
+            )
+            if any(refusal.leaves_native for refusal in accepted):
+                native.append(entry)
+                continue
+            replayed.append(entry)
+            handles.append(make_replaying(router))
+            layers.append(index)
+            if any(refusal.name == "fused_router" for refusal in accepted):
+                unfuse(router)
+        shard = _shard(named[0][1]) if named else WHOLE
+        model.append(ModelChunk(f"chunk {number}", chunk, handles, layers, shard))
+    report = AttachReport(layout, tuple(replayed), tuple(native))
+    return Controller(model, report, agreement_every)
+
+
+def detach(model_chunks: Chunks) -> None:
+    """Give the model its routers back as they were before :func:`attach`.
+
+    Routers that :func:`install` built stay replaying ones, bound to no controller.
+    """
+    for chunk in [model_chunks] if isinstance(model_chunks, torch.nn.Module) else model_chunks:
+        restore_routers(chunk)
+
+
+def _decoder_routers(chunk: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in chunk.named_modules():
+        if isinstance(module, Router) and not _is_mtp(name, module):
+            yield name, module
+
+
+def _mtp_routers(chunks: Sequence[torch.nn.Module]) -> Iterator[AttachedRouter]:
+    for number, chunk in enumerate(chunks):
+        for name, module in chunk.named_modules():
+            if isinstance(module, Router) and _is_mtp(name, module):
+                yield AttachedRouter(name, number, module.layer_number, None)
+
+
+def _is_mtp(name: str, router: Router) -> bool:
+    # Releases before 0.17 do not tell the router; there the module path does.
+    return getattr(router, "is_mtp_layer", False) or "mtp" in name.split(".")
+
+
+def _refusals(routers: Sequence[Any], accept: Collection[str]) -> dict[int, list[Refusal]]:
+    """The accepted refusals of each router; raises for those that are not."""
+    found = {}
+    complaints: dict[str, list[int]] = {}
+    for router in routers:
+        if not isinstance(router, TopKRouter):
+            raise UnsupportedRouterError(
+                f"layer {router.layer_number} has a {type(router).__name__}, expected a "
+                "TopKRouter: only its routing asks for a target."
+            )
+        if isinstance(router, ReplayTopKRouter) and router.router_replay.calls is not None:
+            raise ReplayStateError(
+                f"the router of layer {router.layer_number} already belongs to a controller, "
+                "expected none: detach that one first, or call megatron_r3.detach(model)."
+            )
+        found[id(router)] = refusals_of(router)
+        for refusal in found[id(router)]:
+            if refusal.name not in accept:
+                text = (
+                    f"{refusal.name}: the router {refusal.why}; "
+                    f"accept={{'{refusal.name}'}} would {refusal.accepted}"
+                )
+                complaints.setdefault(text, []).append(router.layer_number)
+    if complaints:
+        raise UnsupportedRouterError(
+            "routers cannot be replayed as they are configured: "
+            + "; ".join(f"{text} (layers {numbers})" for text, numbers in complaints.items())
+            + "."
+        )
+    return found
+
+
+def _ordinals(
+    numbers: list[int], layout: RoutingLayout | None, chunks: Sequence[torch.nn.Module]
+) -> tuple[RoutingLayout, dict[int, int]]:
+    """The layout of the routes and the global MoE ordinal of each layer number."""
+    gathered = [numbers]
+    group = parallel_state.get_pipeline_model_parallel_group(check_initialized=False)
+    if group is not None and group.size() > 1:
+        gathered = [[] for _ in range(group.size())]
+        torch.distributed.all_gather_object(gathered, numbers, group)
+    everywhere = sorted(chain(*gathered))
+    given = layout is not None
+    if layout is None:
+        layout = RoutingLayout.from_megatron_config(unwrapped(chunks[0]).config)
+    if len(set(everywhere)) != len(everywhere) or len(everywhere) != layout.num_moe_layers:
+        raise LayoutMismatchError(
+            f"the model has MoE routers in layers {everywhere}, expected "
+            f"{layout.num_moe_layers}, one for each MoE layer of the layout: attach all chunks of "
+            "one model, and pass its layout."
+        )
+    if not given and everywhere != [layer + 1 for layer in layout.moe_layers]:
+        raise LayoutMismatchError(
+            f"the model has MoE routers in layers {everywhere}, expected "
+            f"{[layer + 1 for layer in layout.moe_layers]} from its config: pass layout=, in the "
+            "numbering of the rollout model."
+        )
+    return layout, {number: ordinal for ordinal, number in enumerate(everywhere)}
+
+
+def _shard(router: TopKRouter) -> Shard:
+    """The share of the token axis that the routers of this rank see."""
+    sp = router.tp_group if router.config.sequence_parallel else None
+    return Shard(
+        cp_size=router.cp_group.size(),
+        cp_rank=router.cp_group.rank(),
+        sp_size=1 if sp is None else sp.size(),
+        sp_rank=0 if sp is None else sp.rank(),
+    )

@@ -1,0 +1,228 @@
+"""The controller of one model's replay: schedules, and the routes of each micro-batch."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_r3.attach_report import AttachReport
+from megatron_r3.errors import ReplayStateError, RowCountError
+from megatron_r3.frames import Frame
+from megatron_r3.layout_plan import LayoutPlan, Shard
+from megatron_r3.replay_handle import ReplayHandle
+from megatron_r3.router import restore_routers
+from megatron_r3.router_calls import ChunkCalls, Mode
+from megatron_r3.schedule import Schedule
+from megatron_r3.validate import Routes, checked_routes
+from shared_schema import RoutingLayout
+
+
+class ModelChunk:
+    """One model chunk of this rank, held weakly, and the calls of its routers."""
+
+    def __init__(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        handles: Sequence[ReplayHandle],
+        layers: Sequence[int],
+        shard: Shard,
+    ) -> None:
+        self.layers = tuple(layers)
+        self.shard = shard
+        self.calls = ChunkCalls(name, [handle.layer_number for handle in handles])
+        self._module = weakref.ref(unwrapped(module))
+        for local, handle in enumerate(handles):
+            handle.bind(self.calls, local)
+
+    @property
+    def module(self) -> torch.nn.Module | None:
+        """The chunk without its wrappers, while it lives."""
+        return self._module()
+
+
+class Controller:
+    """Feeds the routers of one model; made by :func:`megatron_r3.attach`.
+
+    Attributes:
+        report: the routers that were found.
+        agreement_every: every so many micro-batches replayed routing is compared with native.
+
+    """
+
+    def __init__(
+        self, chunks: Sequence[ModelChunk], report: AttachReport, agreement_every: int
+    ) -> None:
+        self.report = report
+        self.agreement_every = agreement_every
+        self._chunks = tuple(chunks)
+
+    @property
+    def layout(self) -> RoutingLayout:
+        """Layout of the routes that :meth:`feed` takes."""
+        return self.report.layout
+
+    @contextlib.contextmanager
+    def schedule(self, mode: Mode) -> Iterator[Schedule]:
+        """Record, replay or route natively in the forwards and backwards of the ``with`` block.
+
+        A native schedule may stand inside another one, for a reference pass, say. Nothing stays
+        armed behind the block, also when it is left by an exception.
+
+        Args:
+            mode: ``"record"``, ``"replay"`` or ``"native"``.
+
+        Yields:
+            the schedule, whose ``report`` and ``recorded()`` are there when it has ended.
+
+        Raises:
+            ReplayStateError: one schedule inside another, or at the end frames that were not used
+                as often as every router should.
+
+        """
+        calls = [chunk.calls for chunk in self._chunks]
+        if mode not in ("record", "replay", "native"):
+            raise ReplayStateError(
+                f"the schedule is {mode!r}, expected 'record', 'replay' or 'native': name one."
+            )
+        if mode != "native" and any(c.schedule_is_open for c in calls):
+            raise ReplayStateError(
+                f"schedule({mode!r}) was opened inside another schedule, expected none or a "
+                "native one inside: close the other one first."
+            )
+        run = Schedule(mode, self.layout)
+        for c in calls:
+            c.open(mode)
+        try:
+            yield run
+            if mode != "native":
+                for c in calls:
+                    c.check_balance()
+                run.finish([(chunk.layers, chunk.calls.frames) for chunk in self._chunks])
+        finally:
+            for c in calls:
+                c.close()
+
+    def feed(
+        self,
+        chunk: torch.nn.Module,
+        routes: Routes | None = None,
+        *,
+        packed_seq_params: Any = None,
+        host_lengths: Sequence[int] | None = None,
+        seq_length: int | None = None,
+        plan: LayoutPlan | None = None,
+    ) -> None:
+        """Say which routes the next forward of ``chunk`` uses; call it in ``forward_step``.
+
+        A row that was not recorded, and the last token of each sample where it has none, routes
+        natively, and so does padding. In a native schedule it does nothing.
+
+        Args:
+            chunk: the model chunk that runs next, wrapped or not.
+            routes: routes of the micro-batch, one entry for each sample; none when recording.
+            packed_seq_params: of a packed (THD) micro-batch.
+            host_lengths: tokens of each sample. Needed for a padded batch, and for a packed one
+                whose ``cu_seqlens`` lie on a GPU, since reading them would synchronise.
+            seq_length: padded length of a padded batch, or rows of the whole pack; by default
+                the longest sample, or the samples' sum.
+            plan: the map from rows to tokens, where the batch is laid out in another way.
+
+        Raises:
+            InvalidRoutesError: routes that do not fit the model or the micro-batch.
+            ReplayStateError: no schedule is open, or the previous frame was not used.
+
+        """
+        target = self._chunk_of(chunk)
+        calls = target.calls
+        if not calls.schedule_is_open:
+            raise ReplayStateError(
+                "feed() was called outside a schedule, expected one: open ctl.schedule('replay'), "
+                "'record' or 'native' around the forward and backward."
+            )
+        mode = calls.modes[-1]
+        if mode == "native":
+            return
+        if (routes is None) == (mode == "replay"):
+            raise ReplayStateError(
+                f"feed() got {'no routes' if routes is None else 'routes'} in schedule({mode!r}), "
+                "expected routes when replaying and none when recording: open the other schedule."
+            )
+        if plan is None:
+            plan = _plan(packed_seq_params, host_lengths, seq_length, target.shard)
+        batch = None if routes is None else checked_routes(routes, self.layout, plan.lengths)
+        if not target.layers:
+            return
+        device = next(chunk.parameters()).device
+        number = len(calls.frames)
+        if batch is None:
+            frame = Frame.to_record(plan, self.layout, target.layers, number, device)
+        else:
+            sample = self.agreement_every > 0 and number % self.agreement_every == 0
+            frame = Frame.to_replay(batch, plan, target.layers, number, device, sample)
+        calls.push(frame)
+
+    def detach(self) -> None:
+        """Give the model its routers back as they were before ``attach``."""
+        for chunk in self._chunks:
+            if chunk.module is not None:
+                restore_routers(chunk.module)
+
+    def _chunk_of(self, module: torch.nn.Module) -> ModelChunk:
+        inner = unwrapped(module)
+        for chunk in self._chunks:
+            if chunk.module is inner:
+                return chunk
+        raise ReplayStateError(
+            f"feed() got a {type(inner).__name__} that is none of the {len(self._chunks)} attached "
+            "chunks, expected the chunk that forward_step was given: attach it first."
+        )
+
+
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """The model inside DDP, ``Float16Module`` and the like."""
+    while isinstance(inner := getattr(module, "module", None), torch.nn.Module):
+        module = inner
+    return module
+
+
+def _plan(
+    packed_seq_params: Any,
+    host_lengths: Sequence[int] | None,
+    seq_length: int | None,
+    shard: Shard,
+) -> LayoutPlan:
+    if packed_seq_params is None:
+        if host_lengths is None:
+            raise RowCountError(
+                "feed() got neither host_lengths nor packed_seq_params, expected the tokens of "
+                "each sample: pass host_lengths=[...]."
+            )
+        return LayoutPlan.padded(host_lengths, seq_length, shard=shard)
+    padded = packed_seq_params.cu_seqlens_q_padded
+    rooms = _host_lengths(packed_seq_params.cu_seqlens_q if padded is None else padded)
+    if rooms is None and padded is not None:
+        raise RowCountError(
+            "cu_seqlens_q_padded lies on a GPU, expected it on the host, since reading it would "
+            "synchronise: pass plan=LayoutPlan.packed(lengths, padded_lengths)."
+        )
+    if host_lengths is None:
+        host_lengths = _host_lengths(packed_seq_params.cu_seqlens_q)
+    if host_lengths is None:
+        raise RowCountError(
+            "cu_seqlens_q lies on a GPU, expected the lengths on the host, since reading it would "
+            "synchronise: pass host_lengths=[...]."
+        )
+    return LayoutPlan.packed(host_lengths, rooms, seq_length, shard)
+
+
+def _host_lengths(cu_seqlens: torch.Tensor) -> list[int] | None:
+    if cu_seqlens.device.type != "cpu":
+        return None
+    lengths: list[int] = np.diff(cu_seqlens.numpy()).tolist()
+    return lengths
