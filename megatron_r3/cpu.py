@@ -24,7 +24,8 @@ def enable() -> None:
     """Let megatron-core run on the CPU in this process; a second call does nothing.
 
     Call it before `initialize_model_parallel`, and in every thread that runs a model: the mapping
-    of ``device="cuda"`` to the CPU is per thread, all else is per process.
+    of ``device="cuda"`` to the CPU is per thread, all else is per process. It cannot be undone, so
+    keep what else needs `torch.cuda` (a vLLM engine, say) in a process of its own.
 
     Raises:
         RuntimeError: a CUDA GPU is visible, so its `torch.cuda` must not be replaced.
@@ -58,7 +59,7 @@ def seed(value: int) -> None:
 
 
 class _CudaToCpu(TorchFunctionMode):  # type: ignore[misc]
-    """Map what names a CUDA device or a CUDA tensor type to the CPU, for each torch call."""
+    """Map CUDA devices, CUDA tensor types and pinned memory to the CPU's, for each torch call."""
 
     def __torch_function__(
         self,
@@ -70,6 +71,7 @@ class _CudaToCpu(TorchFunctionMode):  # type: ignore[misc]
         kwargs = dict(kwargs or {})
         if str(kwargs.get("device")).startswith("cuda"):
             kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.record_stream:

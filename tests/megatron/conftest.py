@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +49,11 @@ def world_of_one(_one_process_group: None) -> Iterator[None]:
     cpu.seed(1)
     yield
     parallel_state.destroy_model_parallel()
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Qwen3-MoE checkpoint: float32, 4 layers, the first one dense."""
+    from tests.megatron.tiny_qwen3_moe import save_tiny_qwen3_moe
+
+    return save_tiny_qwen3_moe(tmp_path_factory.mktemp("qwen3_moe"))
