@@ -7,10 +7,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
-GRACE_S = 5  # how long the other ranks may take to fail too once one has failed
+GRACE_S = 3  # how long the other ranks may take to fail too once one has failed
 
 
 class GlooPool:
@@ -18,106 +20,111 @@ class GlooPool:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self._ranks: list[tuple[Any, Connection]] = []
+        self._ranks: dict[Any, tuple[int, BaseProcess]] = {}  # by connection, in rank order
 
     def run(
         self, function: Callable[..., Any], *args: Any, timeout_s: float = 120, **groups: int | None
     ) -> list[Any]:
         """Call a module-level `function(*args)` in every rank; return its results in rank order.
 
-        `groups` go to `initialize_model_parallel`. Results and arguments travel by pickle.
+        `groups` go to `initialize_model_parallel`; process groups are new in each run. Results and
+        arguments travel by pickle.
 
         Raises:
             RuntimeError: a rank raised (with its traceback) or died.
             TimeoutError: a rank did not answer; its stack is on stderr.
+
         """
         if not self._ranks:
             self._start()
-        task = pickle.dumps((function, args, groups, timeout_s))
-        for _, connection in self._ranks:
-            connection.send_bytes(task)
+        with tempfile.TemporaryDirectory() as folder:
+            store = Path(folder) / "store"
+            task = pickle.dumps((function, args, groups, self.world_size, store, timeout_s))
+            for connection in self._ranks:
+                connection.send_bytes(task)
+            return self._collect(function.__name__, timeout_s)
 
-        results: dict[int, Any] = {}
-        failures: dict[int, str] = {}
+    def _collect(self, name: str, timeout_s: float) -> list[Any]:
+        results, failures = {}, {}
+        pending = {connection: rank for connection, (rank, _) in self._ranks.items()}
+        broken = False
         deadline = time.monotonic() + timeout_s
-        ranks = {connection: rank for rank, (_, connection) in enumerate(self._ranks)}
-        while ranks and (left := deadline - time.monotonic()) > 0:
-            for connection in wait(list(ranks), timeout=left):
-                rank = ranks.pop(connection)  # type: ignore[call-overload]
+        while pending and (left := deadline - time.monotonic()) > 0:
+            for connection in wait(pending, timeout=left):
+                rank = pending.pop(connection)
                 try:
-                    failure, result = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
-                except EOFError:
-                    failure, result = "the process died", None
+                    results[rank], failure = pickle.loads(connection.recv_bytes())
+                except (EOFError, ConnectionError):
+                    failure, broken = "the process died", True
                 if failure:
                     failures[rank] = failure
                     deadline = min(deadline, time.monotonic() + GRACE_S)
-                results[rank] = result
-
-        if ranks:
+        if pending or broken:
             self.close()
         if failures:
             raise RuntimeError(
                 "".join(f"\nrank {r} of {self.world_size}: {failures[r]}" for r in sorted(failures))
             )
-        if ranks:
+        if pending:
             raise TimeoutError(
-                f"ranks {sorted(ranks.values())} of {self.world_size} did not end "
-                f"{function.__name__} within {timeout_s} s"
+                f"ranks {sorted(pending.values())} of {self.world_size} did not end {name} within "
+                f"{timeout_s} s"
             )
         return [results[rank] for rank in range(self.world_size)]
 
     def close(self) -> None:
         """Kill the processes; the next `run` starts new ones."""
-        for process, connection in self._ranks:
+        for connection, (_, process) in self._ranks.items():
             connection.close()
             process.kill()
             process.join()
-        self._ranks = []
+        self._ranks = {}
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        store = f"{tempfile.mkdtemp(prefix='gloo_pool_')}/store"
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, rank, self.world_size, store), daemon=True
-            )
+            process = context.Process(target=_serve, args=(theirs, rank), daemon=True)
             process.start()
             theirs.close()
-            self._ranks.append((process, ours))
+            self._ranks[ours] = rank, process
 
 
-def _serve(connection: Connection, rank: int, world_size: int, store: str) -> None:
+def _serve(connection: Any, rank: int) -> None:
     import torch
 
     from megatron_r3 import cpu
 
     torch.set_num_threads(1)
     cpu.enable()
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
-    )
     while True:
         try:
             task = connection.recv_bytes()
         except EOFError:
             return
-        connection.send_bytes(pickle.dumps(_answer(task)))
+        connection.send_bytes(pickle.dumps(_answer(task, rank)))
 
 
-def _answer(task: bytes) -> tuple[str | None, Any]:
+def _answer(task: bytes, rank: int) -> tuple[Any, str | None]:
+    """The result of a task, or why there is none."""
+    import torch
     from megatron.core import parallel_state
 
     from megatron_r3 import cpu
 
     try:
-        function, args, groups, timeout_s = pickle.loads(task)
+        function, args, groups, world_size, store, timeout_s = pickle.loads(task)
         faulthandler.dump_traceback_later(timeout_s)
-        parallel_state.destroy_model_parallel()
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+        )
         parallel_state.initialize_model_parallel(**groups)
         cpu.seed(1)
-        return None, function(*args)
+        return function(*args), None
     except BaseException:
-        return traceback.format_exc(), None
+        return None, traceback.format_exc()
     finally:
         faulthandler.cancel_dump_traceback_later()
+        parallel_state.destroy_model_parallel()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
