@@ -154,12 +154,7 @@ class PageStore:
         pages = self._table[slots, page_index]
         missing = wanted & (pages == _NOWHERE)
         if missing.any():
-            for slot, index in set(
-                zip(slots[missing].tolist(), page_index[missing].tolist(), strict=True)
-            ):
-                self._table[slot, index] = self._new_page()
-            pages = self._table[slots, page_index]
-            self.rows_dropped += int((wanted & (pages == _NOWHERE)).sum())
+            pages[missing] = self._new_pages_at(slots[missing], page_index[missing])
         pages *= wanted
         self._pool[pages, offset] = ids
         self._status[pages, offset] = status
@@ -228,6 +223,21 @@ class PageStore:
         slot = self._free_slots.pop()
         self._slot_of[request_id] = slot
         return slot
+
+    def _new_pages_at(
+        self, slots: Int[np.ndarray, " n"], page_index: Int[np.ndarray, " n"]
+    ) -> Int[np.ndarray, " n"]:
+        """Give requests the pages that n rows need; returns the page of each row."""
+        table = self._table
+        pages = []
+        for slot, index in zip(slots.tolist(), page_index.tolist(), strict=True):
+            page = int(table[slot, index])
+            if page == _NOWHERE:
+                page = self._new_page()
+                table[slot, index] = page
+                self.rows_dropped += page == _NOWHERE
+            pages.append(page)
+        return np.array(pages, np.int64)
 
     def _new_page(self) -> int:
         """An unreferenced page whose rows read as lost, referenced once; 0 if there is no room."""
