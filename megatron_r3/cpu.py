@@ -74,8 +74,6 @@ class _CudaToCpu(TorchFunctionMode):  # type: ignore[misc]
         kwargs.pop("pin_memory", None)
         if func is torch.Tensor.cuda:
             return args[0]
-        if func is torch.Tensor.record_stream:
-            return None
         result = func(*args, **kwargs)
         if func is torch.Tensor.type and isinstance(result, str):
             # The optimizers sort parameters by these names and know the CUDA ones only.
@@ -160,6 +158,7 @@ def _replace_torch_cuda() -> None:
         setattr(torch.cuda, name, stand_in)
     torch.cuda.nvtx.range_push = _returning()
     torch.cuda.nvtx.range_pop = _returning()
+    torch.Tensor.record_stream = _returning()
 
 
 def _replace_megatron_parts() -> None:

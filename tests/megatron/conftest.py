@@ -15,14 +15,6 @@ def gloo_2() -> Iterator[GlooPool]:
 
 
 @pytest.fixture(scope="session")
-def gloo_4() -> Iterator[GlooPool]:
-    """Four gloo processes."""
-    pool = GlooPool(4)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="session")
 def _one_process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     import torch
 

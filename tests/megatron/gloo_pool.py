@@ -88,6 +88,8 @@ class GlooPool:
             process.start()
             theirs.close()
             self._ranks[ours] = rank, process
+        for connection in self._ranks:
+            connection.recv_bytes()  # imports are done; timeouts count from here
 
 
 def _serve(connection: Any, rank: int) -> None:
@@ -97,6 +99,7 @@ def _serve(connection: Any, rank: int) -> None:
 
     torch.set_num_threads(1)
     cpu.enable()
+    connection.send_bytes(b"ready")
     while True:
         try:
             task = connection.recv_bytes()

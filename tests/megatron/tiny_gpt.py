@@ -87,8 +87,9 @@ def train_step(chunks: list[Any], num_microbatches: int = 2) -> list[float]:
     positions = torch.arange(SEQ).expand(BATCH, SEQ)
     mask = torch.triu(torch.ones(SEQ, SEQ, dtype=torch.bool), 1)[None, None]
 
-    def forward_step(batches: Any, model: Any) -> Any:
-        losses = model(tokens, positions, mask, labels=tokens.roll(-1, 1))
+    def forward_step(batches: Any, model: Any, return_schedule_plan: bool = False) -> Any:
+        forward = model.build_schedule_plan if return_schedule_plan else model
+        losses = forward(tokens, positions, mask, labels=tokens.roll(-1, 1))
 
         def loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             mean = output.float().mean()
