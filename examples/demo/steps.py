@@ -1,0 +1,169 @@
+"""The demo's steps, one after the other, announced with their progress."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+import megatron_r3
+from examples.demo import DemoError
+from examples.demo.metrics import compare, differing_decisions
+from examples.demo.picture import draw
+from examples.demo.policy_step import policy_gradient_step
+from examples.demo.report import Report
+from examples.demo.rollout import Sample, load, roll_out, save
+from examples.demo.server import serve
+from examples.demo.small_model import held_out_prompts, small_model
+from examples.demo.trainer import RouterWatch, Scores, build_trainer, score, start_megatron
+from megatron_r3.hf_loader import read_hf_config
+from shared_schema import RoutingLayout
+
+SAMPLES_PER_BATCH = 8
+SAMPLES_PER_OTHER_BATCH = 5
+
+console = Console()
+
+
+def run(out: Path, prompts: int, max_tokens: int, train_steps: int) -> int:
+    """Run everything, print and write the report, and return the exit status.
+
+    Raises:
+        DemoError: a step could not be done.
+
+    """
+    try:
+        for folder in ("model", "rollout"):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"{out} cannot hold the results ({error}); pass another --out.") from None
+    _announce("1/4", "A small Qwen3-MoE, trained on Python's standard library")
+    model = _model(out / "model", train_steps)
+    layout = RoutingLayout.from_hf_config(read_hf_config(model))
+    _announce("2/4", "Rollout: vllm serve --enable-return-routed-experts")
+    samples = _rollout(model, layout, prompts, max_tokens, out / "rollout")
+    _announce("3/4", "Trainer: megatron-core scores the samples, then takes a policy step")
+    report = _train(model, layout, samples, out)
+    _announce("4/4", "Report")
+    report.write(out)
+    console.print(report.table())
+    console.print(f"{out}/report.md, report.json and report.png hold the rest.")
+    failed = report.failures()
+    console.print(report.verdict(), style="bold red" if failed else "bold green")
+    return 1 if failed else 0
+
+
+def _model(cache: Path, train_steps: int) -> Path:
+    with _progress(TextColumn("loss {task.fields[loss]:.2f} nats a byte")) as progress:
+        task = progress.add_task("training, once", total=train_steps, loss=np.nan, visible=False)
+        model = small_model(
+            cache,
+            train_steps,
+            lambda step, loss: progress.update(task, completed=step, loss=loss, visible=True),
+        )
+    console.print(f"checkpoint: {model}")
+    return model
+
+
+def _rollout(
+    model: Path, layout: RoutingLayout, prompts: int, max_tokens: int, folder: Path
+) -> list[Sample]:
+    with ExitStack() as running:
+        with console.status("starting the server"):
+            url = running.enter_context(serve(model, folder / "server.log"))
+        with _progress() as progress:
+            task = progress.add_task("sampling", total=prompts)
+            samples = roll_out(
+                url, held_out_prompts(prompts), max_tokens, layout, lambda: progress.advance(task)
+            )
+    save(samples, folder)
+    return load(folder, layout)
+
+
+def _train(model: Path, layout: RoutingLayout, samples: list[Sample], out: Path) -> Report:
+    start_megatron()
+    gpt = build_trainer(model)
+    controller = megatron_r3.attach(gpt, layout=layout)
+    watch = RouterWatch(gpt)
+    batches = _batched(range(len(samples)), SAMPLES_PER_BATCH)
+    shuffled = np.random.default_rng(0).permutation(len(samples)).tolist()
+    other_batches = _batched(shuffled, SAMPLES_PER_OTHER_BATCH)
+    with console.status("log-probs with native routing"):
+        native = score(gpt, controller, watch, samples, batches, "native")
+    with console.status("log-probs with the rollout's experts"):
+        replayed = score(gpt, controller, watch, samples, batches, "replay")
+    with console.status("log-probs with native routing, in other batches"):
+        again = score(gpt, controller, watch, samples, other_batches, "native")
+    with console.status("policy-gradient step under replay, with full recompute"):
+        step = policy_gradient_step(gpt, controller, watch, samples)
+    console.print(
+        f"policy step: loss {step.loss:.4f}, gradient norm {step.grad_norm:.3f}; the routers "
+        f"replayed {step.forwards} forwards and {step.recomputes} recomputes"
+    )
+    return _report(layout, samples, {"native": native, "replayed": replayed, "self": again}, out)
+
+
+def _report(
+    layout: RoutingLayout, samples: list[Sample], passes: dict[str, Scores], out: Path
+) -> Report:
+    """Compare the passes over the rows that were recorded, and draw the picture."""
+    recorded = np.concatenate([s.routed.recorded for s in samples])
+    if not recorded.any():
+        raise DemoError("vLLM returned no routed experts; is the package installed beside it?")
+    rollout = Scores(
+        np.concatenate([s.logprobs for s in samples]),
+        np.concatenate([s.routed.ids for s in samples]),
+    )
+    pairs = {name: (scores, rollout) for name, scores in passes.items()}
+    pairs["self"] = (passes["self"], passes["native"])
+    differences = {
+        name: compare(one.logprobs, other.logprobs, one.ids[recorded], other.ids[recorded])
+        for name, (one, other) in pairs.items()
+    }
+    draw(
+        out / "report.png",
+        {name: one.logprobs - other.logprobs for name, (one, other) in pairs.items()},
+        {
+            name: differing_decisions(one.ids[recorded], other.ids[recorded])
+            for name, (one, other) in pairs.items()
+        },
+        np.asarray(layout.moe_layers),
+    )
+    return Report(
+        native=differences["native"],
+        replayed=differences["replayed"],
+        self_noise=differences["self"],
+        tokens=len(rollout.logprobs),
+        rows_missing=int((~recorded).sum()),
+    )
+
+
+def _batched(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+
+def _announce(number: str, title: str) -> None:
+    console.print(f"[bold cyan]{number}[/]  [bold]{title}[/]", highlight=False)
+
+
+def _progress(*more: ProgressColumn) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        *more,
+        console=console,
+    )
