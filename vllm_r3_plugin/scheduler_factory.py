@@ -27,16 +27,17 @@ class SchedulerFactory:
         from vllm_r3_plugin.scheduler import routing_scheduler
 
         assert self.layout is not None, "the engine core has not asked its workers"
-        base = self._base(vllm_config.scheduler_config.async_scheduling)
+        base = self.base(vllm_config)
         return routing_scheduler(base, self.layout, vllm_config=vllm_config, **kwargs)
 
-    def _base(self, asynchronous: bool) -> Any:
+    def base(self, vllm_config: Any) -> Any:
+        """The class to extend."""
         from vllm.utils.import_utils import resolve_obj_by_qualname
         from vllm.v1.core.sched.async_scheduler import AsyncScheduler
         from vllm.v1.core.sched.scheduler import Scheduler
 
         if self.users_class is None:
-            return AsyncScheduler if asynchronous else Scheduler
+            return AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
         if isinstance(self.users_class, str):
             return resolve_obj_by_qualname(self.users_class)
         return self.users_class

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 CHECKED_ON = ("0.32.0",)
 """Releases of vLLM on which every entry below was read and tested."""
@@ -193,10 +193,21 @@ def require_present() -> None:
         )
 
 
-def _exists(symbol: str) -> bool:
+def resolve(symbol: str) -> Any:
+    """The object that ``module:attribute.attribute`` names.
+
+    Raises:
+        ImportError: no such module.
+        AttributeError: no such attribute in it.
+
+    """
     module, _, attributes = symbol.partition(":")
+    return reduce(getattr, attributes.split("."), importlib.import_module(module))
+
+
+def _exists(symbol: str) -> bool:
     try:
-        reduce(getattr, attributes.split("."), importlib.import_module(module))
+        resolve(symbol)
     except (ImportError, AttributeError):
         return False
     return True
