@@ -113,6 +113,11 @@ def transformer_config(hf_config: dict[str, Any], **overrides: Any) -> Transform
 
     dtype = overrides.get("params_dtype", torch.float32)
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    if hf_config["num_key_value_heads"] % tp_size:
+        raise CheckpointError(
+            f"config.json has num_key_value_heads={hf_config['num_key_value_heads']} where tensor "
+            f"parallelism {tp_size} needs a multiple of {tp_size}; use a smaller parallel size"
+        )
     settings: dict[str, Any] = {
         "num_layers": layout.num_hidden_layers,
         "hidden_size": hf_config["hidden_size"],

@@ -196,6 +196,14 @@ def test_a_checkpoint_that_does_not_fit_is_named(
         build_gpt_model(edited(tiny_qwen3_moe, tmp_path, **fields))
 
 
+def test_fewer_key_value_heads_than_ranks_are_refused_by_name(
+    gloo_2: GlooPool, tiny_qwen3_moe: Path, tmp_path: Path
+) -> None:
+    path = edited(tiny_qwen3_moe, tmp_path, num_key_value_heads=1)
+    with pytest.raises(RuntimeError, match="num_key_value_heads=1 where tensor parallelism 2"):
+        gloo_2.run(logits_of_rank, path, random_tokens(1, SEQ), None, {}, **LAYOUTS["tp2"])
+
+
 def test_a_wrong_path_is_named(world_of_one: None, tmp_path: Path) -> None:
     from megatron_r3.hf_loader import CheckpointError, build_gpt_model
 
