@@ -21,7 +21,8 @@ demo: $(READY) ## Roll out in vLLM, capture, replay in Megatron, report to build
 	@$(PY) -m examples.demo $(DEMO_ARGS)
 
 test: $(READY) ## Run all tests, those of Megatron on both releases of megatron-core
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest --ignore=tests/megatron $(PYTEST_ARGS)
+	$(PY) -m pytest tests/megatron $(PYTEST_ARGS)
 	PYTHONPATH=$(MEGATRON_LATEST) $(PY) -m pytest tests/megatron $(PYTEST_ARGS)
 
 lint: $(READY) ## Check style and types
