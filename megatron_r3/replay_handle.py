@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,28 +95,26 @@ class ReplayHandle(RouterReplay):  # type: ignore[misc]
                 "seq_length of the padded batch, or a plan."
             )
 
-        def own(rows: torch.Tensor) -> torch.Tensor:
-            return default_compute_topk(
-                rows.detach(), topk, num_groups=num_groups, group_topk=group_topk
-            )[1]
-
+        # Detached, since the native choice must not save tensors that a recompute does not save.
+        own_choice = partial(_indices, default_compute_topk, topk, num_groups, group_topk)
+        detached = scores.detach()
         if recompute:
             indices = frame.ids[self.layer].long()
         elif frame.native_rows is None:
-            indices = own(scores)
+            indices = own_choice(detached)
             frame.ids[self.layer].copy_(indices)
         else:
-            indices = self._replayed(frame, scores, own, grouped=bool(group_topk))
+            indices = self._replayed(frame, detached, own_choice, bool(group_topk))
         return scores.gather(1, indices), indices
 
     def _replayed(
-        self, frame: Frame, scores: torch.Tensor, own: Any, grouped: bool
+        self, frame: Frame, scores: torch.Tensor, own_choice: Any, grouped: bool
     ) -> torch.Tensor:
         indices = frame.ids[self.layer].long()
         rows = frame.native_rows
         assert rows is not None
         if frame.agreement is not None:
-            native = own(scores)
+            native = own_choice(scores)
             same = (native[:, :, None] == indices[:, None, :]).any(1).sum(1)
             same[rows] = 0
             frame.agreement[self.layer] = same.sum()
@@ -124,11 +123,12 @@ class ReplayHandle(RouterReplay):  # type: ignore[misc]
             return indices
         elif grouped:
             # The group-limited choice is bound to the number of rows of the router's call.
-            chosen = own(scores)[rows]
+            chosen = own_choice(scores)[rows]
         else:
-            chosen = own(scores[rows])
+            chosen = own_choice(scores[rows])
         indices[rows] = chosen
-        frame.ids[self.layer].index_copy_(0, rows, chosen.to(frame.ids.dtype))
+        # The whole layer, since torch cannot copy by index into uint16.
+        frame.ids[self.layer].copy_(indices)
         return indices
 
     def _check_action_by_hand(self, scores: torch.Tensor, topk: int) -> None:
@@ -155,6 +155,19 @@ class ReplayHandle(RouterReplay):  # type: ignore[misc]
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied or unpickled model belongs to no controller.
         return (ReplayHandle, ())
+
+
+def _indices(
+    compute_topk: Any,
+    topk: int,
+    num_groups: int | None,
+    group_topk: int | None,
+    scores: torch.Tensor,
+) -> torch.Tensor:
+    indices: torch.Tensor = compute_topk(
+        scores, topk, num_groups=num_groups, group_topk=group_topk
+    )[1]
+    return indices
 
 
 def _put_in_place_of(old: RouterReplay | None, new: RouterReplay | None) -> None:

@@ -51,8 +51,12 @@ def run(
         logits = forward_backward(
             model,
             batches,
-            before=lambda n, batch: controller.feed(
-                model, routes and routes[n], host_lengths=batch.lengths, seq_length=batch.width
+            before_forward=lambda n, batch: controller.feed(
+                model,
+                routes and routes[n],
+                packed_seq_params=batch.packed_seq_params,
+                host_lengths=batch.lengths,
+                seq_length=batch.width,
             ),
         )
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
