@@ -87,6 +87,8 @@ def attach(
     refusals = _refusals([router for _, router in chain(*routers)], accept)
     numbers = [router.layer_number for _, router in chain(*routers)]
     layout, ordinals = _ordinals(numbers, layout, chunks)
+    for _, router in chain(*routers):
+        _check_sizes(router, layout)
 
     replayed, native, model = [], list(_mtp_routers(chunks)), []
     for number, (chunk, named) in enumerate(zip(chunks, routers, strict=True)):
@@ -196,6 +198,15 @@ def _ordinals(
             "numbering of the rollout model."
         )
     return layout, {number: ordinal for ordinal, number in enumerate(everywhere)}
+
+
+def _check_sizes(router: TopKRouter, layout: RoutingLayout) -> None:
+    for name, own in (("num_experts", router.num_experts), ("top_k", router.topk)):
+        if own != getattr(layout, name):
+            raise LayoutMismatchError(
+                f"the layout has {name} {getattr(layout, name)} instead of {own} in layer "
+                f"{router.layer_number}, expected the layout of this model: pass the model's own."
+            )
 
 
 def _shard(router: TopKRouter) -> Shard:

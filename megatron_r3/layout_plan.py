@@ -179,8 +179,8 @@ class LayoutPlan:
         """
         index = self.token_index()
         held = np.flatnonzero(index >= 0)
-        tokens = np.full((int(self.lengths.sum()), local.shape[0], local.shape[2]), fill, np.uint16)
-        tokens = tokens.astype(local.dtype)
+        shape = (int(self.lengths.sum()), local.shape[0], local.shape[2])
+        tokens = np.full(shape, fill, local.dtype)
         tokens[index[held]] = local[:, held].swapaxes(0, 1)
         return tokens
 

@@ -41,6 +41,11 @@ def _captures_router(router: Any) -> bool:
     return getattr(config, "cuda_graph_impl", "none") not in (None, "none")
 
 
+def _drops_tokens(router: Any) -> bool:
+    factors = ("moe_expert_capacity_factor", "moe_expert_rank_capacity_factor")
+    return any(getattr(router.config, name, None) is not None for name in factors)
+
+
 REFUSALS = (
     Refusal(
         "fused_router",
@@ -64,8 +69,8 @@ REFUSALS = (
     ),
     Refusal(
         "capacity_factor",
-        lambda router: router.config.moe_expert_capacity_factor is not None,
-        "drops tokens beyond moe_expert_capacity_factor, replayed ones too",
+        _drops_tokens,
+        "drops tokens beyond a capacity factor, replayed ones too",
         "drop them",
     ),
     Refusal(

@@ -1,4 +1,4 @@
-"""Every symbol of megatron-core that this package touches beyond its documented API."""
+"""Every symbol of megatron-core and torch that this package touches beyond documented API."""
 
 import functools
 import importlib
@@ -8,10 +8,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Seam:
-    """One place where this package relies on the inside of megatron-core.
+    """One place where this package relies on the inside of megatron-core or torch.
 
     ``symbol`` is ``module:attribute[.attribute...]``; ``versions`` are the releases of
-    megatron-core on which it was checked; ``until`` says what would let it go.
+    megatron-core on which it was checked; ``until`` says what would let it go; ``parameters`` are
+    those that we pass or are passed by name.
     """
 
     symbol: str
@@ -19,6 +20,7 @@ class Seam:
     why: str
     versions: tuple[str, ...]
     until: str
+    parameters: tuple[str, ...] = ()
 
 
 BOTH = ("0.16.1", "0.19.2")
@@ -76,7 +78,79 @@ CPU_SEAMS = (
     ),
 )
 
-SEAMS: tuple[Seam, ...] = (*CPU_SEAMS,)
+# What the replay of routes relies on.
+REPLAY_SEAMS = (
+    Seam(
+        symbol="megatron.core.transformer.moe.router:TopKRouter.__init__",
+        what="wrapped by `install` so that the routers it builds replay",
+        why="moe_enable_routing_replay builds a stock TopKRouter; Megatron imports no plugin",
+        versions=BOTH,
+        until="megatron-core builds the router class that its config names",
+    ),
+    Seam(
+        symbol="megatron.core.transformer.moe.router:TopKRouter.routing",
+        what="overridden by `ReplayTopKRouter`: called, then checked that it asked for a target",
+        why="fused kernels, sinkhorn and subclasses pass the target by without a word",
+        versions=BOTH,
+        until="megatron-core refuses these with routing replay itself",
+    ),
+    Seam(
+        symbol="megatron.core.transformer.moe.moe_utils:topk_routing_with_score_function",
+        what="asks `router.router_replay.get_replay_topk` for the experts",
+        why="it is the one place between scores and probabilities, for every score function",
+        versions=BOTH,
+        until="never: it is what routing replay hangs on",
+        parameters=("router_replay",),
+    ),
+    Seam(
+        symbol="megatron.core.transformer.moe.router_replay:RouterReplay.get_replay_topk",
+        what="overridden; called for actions that are set by hand",
+        why="frames answer in place of a target list",
+        versions=BOTH,
+        until="never: it is what routing replay hangs on",
+        parameters=("scores", "topk", "num_groups", "group_topk", "default_compute_topk"),
+    ),
+    Seam(
+        symbol=(
+            "megatron.core.transformer.moe.router_replay:"
+            "RouterReplay.global_router_replay_instances"
+        ),
+        what="our handle stands in it where the stock one stood",
+        why="frameworks drive all routers through this list",
+        versions=BOTH,
+        until="megatron-core addresses routers by model",
+    ),
+    Seam(
+        symbol="megatron.core.transformer.moe.router_replay:RouterReplayAction",
+        what="the actions that are set by hand, known by their values",
+        why="frameworks set them, some from enums of their own",
+        versions=BOTH,
+        until="never: it is the API that frameworks use",
+    ),
+    Seam(
+        symbol="torch._C:_current_graph_task_id",
+        what="tells a recompute from a forward",
+        why="a mode that callers flip is wrong under interleaved and overlapped schedules",
+        versions=BOTH,
+        until="torch makes it public",
+    ),
+    Seam(
+        symbol="torch._C:_current_autograd_node",
+        what="its sequence number and name tell which forward a recompute repeats",
+        why="micro-batches run backward in another order than forward",
+        versions=BOTH,
+        until="checkpoints hand their recompute an identity",
+    ),
+    Seam(
+        symbol="torch._C:_autograd._get_sequence_nr",
+        what="the number that a forward is remembered by",
+        why="as above",
+        versions=BOTH,
+        until="as above",
+    ),
+)
+
+SEAMS: tuple[Seam, ...] = (*CPU_SEAMS, *REPLAY_SEAMS)
 
 
 def resolve(symbol: str) -> Any:

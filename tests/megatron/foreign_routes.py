@@ -54,14 +54,17 @@ class RouterWitness:
     forwards: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     recomputes: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     micro_batch: int = -1
+    hooks: list[Any] = field(default_factory=list)
 
     def watch(self, model: Any) -> "RouterWitness":
         from megatron.core.transformer.moe.router import TopKRouter
 
         routers = [m for m in model.modules() if isinstance(m, TopKRouter)]
         for layer, router in enumerate(routers):
-            router.register_forward_hook(
-                lambda _, __, output, layer=layer: self._note(layer, *output)
+            self.hooks.append(
+                router.register_forward_hook(
+                    lambda _, __, output, layer=layer: self._note(layer, *output)
+                )
             )
         return self
 

@@ -1,3 +1,5 @@
+import inspect
+
 import megatron.core
 import pytest
 
@@ -11,7 +13,9 @@ def test_the_installed_megatron_core_has(seam: Seam) -> None:
     installed = megatron.core.__version__
     if installed in KNOWN and installed not in seam.versions:
         pytest.skip(f"{installed} is known not to have it")
-    assert resolve(seam.symbol) is not None
+    symbol = resolve(seam.symbol)
+    if seam.parameters:
+        assert set(seam.parameters) <= set(inspect.signature(symbol).parameters)
 
 
 def test_a_symbol_that_moved_is_named() -> None:
