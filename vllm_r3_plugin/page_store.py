@@ -81,11 +81,13 @@ class PageStore:
         slots, width = 64, -(-max_tokens // page_size)
         self._slot_of = _SlotOf()
         self._free_slots: list[int] = list(range(slots - 1, 0, -1))
+        self._last_batch: Sequence[str] = ()
+        self._last_slots = np.zeros(0, np.int64)
         self._table = np.zeros((slots, width), np.int32)
         self._floor = np.zeros(slots, np.int64)
         self._floor[0] = np.iinfo(np.int64).max
         self._keys: list[Sequence[Hashable]] = [()] * slots
-        self._slot_generation = [0] * slots
+        self._slot_generation = np.zeros(slots, np.int64)
         self._hit_stop = [0] * slots
 
     def __contains__(self, request_id: str) -> bool:
@@ -145,7 +147,7 @@ class PageStore:
 
         Rows of unknown requests and rows below a request's floor go nowhere.
         """
-        slots = np.fromiter(map(self._slot_of.__getitem__, request_ids), np.int64, len(request_ids))
+        slots = self._slots_of(request_ids)
         if len(positions) != len(slots):
             slots = np.repeat(slots, num_tokens)
         page_index = positions // self.page_size
@@ -159,8 +161,8 @@ class PageStore:
         self._pool[pages, offset] = ids
         self._status[pages, offset] = status
         last = np.flatnonzero((offset == self.page_size - 1) & (pages != _NOWHERE))
-        for row in last.tolist():
-            self._publish(int(slots[row]), int(page_index[row]))
+        if len(last):
+            self._publish(slots[last], page_index[last])
 
     def settle(self, request_id: str, stop: int) -> None:
         """Forget rows from position ``stop`` on, and publish the full pages before it.
@@ -172,9 +174,8 @@ class PageStore:
             return
         self._truncate(slot, stop)
         full = stop // self.page_size
-        for index in range(max(0, full - 2), full):
-            if int(self._table[slot, index]) not in self._key_of_page:
-                self._publish(slot, index)
+        recent = np.arange(max(0, full - 2), full)
+        self._publish(np.full(len(recent), slot), recent)
 
     def read(
         self, request_id: str, start: int, stop: int
@@ -199,6 +200,7 @@ class PageStore:
         """End a request; its published pages stay for later hits."""
         slot = self._slot_of.pop(request_id, 0)
         if slot:
+            self._last_batch = ()
             self._truncate(slot, 0)
             self._keys[slot] = ()
             self._free_slots.append(slot)
@@ -215,46 +217,59 @@ class PageStore:
         if not self._free_slots:
             count = len(self._floor)
             self._free_slots.extend(range(2 * count - 1, count - 1, -1))
-            self._table = np.concatenate([self._table, np.zeros_like(self._table)])
-            self._floor = np.concatenate([self._floor, np.zeros_like(self._floor)])
+            for name in ("_table", "_floor", "_slot_generation"):
+                old = getattr(self, name)
+                setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
             self._keys += [()] * count
-            self._slot_generation += [0] * count
             self._hit_stop += [0] * count
         slot = self._free_slots.pop()
         self._slot_of[request_id] = slot
+        self._last_batch = ()
         return slot
+
+    def _slots_of(self, request_ids: Sequence[str]) -> Int[np.ndarray, " R"]:
+        # A decode batch is mostly that of the step before.
+        if request_ids != self._last_batch:
+            slots = map(self._slot_of.__getitem__, request_ids)
+            self._last_slots = np.fromiter(slots, np.int64, len(request_ids))
+            self._last_batch = request_ids
+        return self._last_slots
 
     def _new_pages_at(
         self, slots: Int[np.ndarray, " n"], page_index: Int[np.ndarray, " n"]
     ) -> Int[np.ndarray, " n"]:
         """Give requests the pages that n rows need; returns the page of each row."""
-        table = self._table
-        pages = []
-        for slot, index in zip(slots.tolist(), page_index.tolist(), strict=True):
-            page = int(table[slot, index])
-            if page == _NOWHERE:
-                page = self._new_page()
-                table[slot, index] = page
-                self.rows_dropped += page == _NOWHERE
-            pages.append(page)
-        return np.array(pages, np.int64)
+        width = self._table.shape[1]
+        places, row_of = np.unique(slots * width + page_index, return_inverse=True)
+        pages = np.array(self._new_pages(len(places)), np.int64)
+        self._table.reshape(-1)[places] = pages
+        self.rows_dropped += int((pages[row_of] == _NOWHERE).sum())
+        return pages[row_of]
 
-    def _new_page(self) -> int:
-        """An unreferenced page whose rows read as lost, referenced once; 0 if there is no room."""
-        if self._free_pages:
-            page = self._free_pages.pop()
-        elif self._next_page > self._soft_limit and self._unreferenced:
+    def _new_pages(self, count: int) -> list[int]:
+        """Pages whose rows read as lost, each referenced once; 0 for those without room."""
+        from_free = max(0, len(self._free_pages) - count)
+        pages = self._free_pages[from_free:]
+        del self._free_pages[from_free:]
+        while len(pages) < count:
+            pages.append(self._find_page())
+        taken = [page for page in pages if page != _NOWHERE]
+        self._status[taken] = RowStatus.STEP_LOST
+        self._references[taken] = 1
+        return pages
+
+    def _find_page(self) -> int:
+        """A page for which the free ones do not suffice, or 0."""
+        if self._next_page > self._soft_limit and self._unreferenced:
             page, _ = self._unreferenced.popitem(last=False)
             del self._page_of_key[self._key_of_page.pop(page)]
-        elif self._next_page <= self._max_pages:
-            page = self._next_page
-            if page == len(self._pool):
-                self._grow()
-            self._next_page += 1
-        else:
+            return page
+        if self._next_page > self._max_pages:
             return _NOWHERE
-        self._status[page] = RowStatus.STEP_LOST
-        self._references[page] = 1
+        page = self._next_page
+        if page == len(self._pool):
+            self._grow()
+        self._next_page += 1
         return page
 
     def _grow(self) -> None:
@@ -277,31 +292,41 @@ class PageStore:
             self._unreferenced.pop(source, None)
             self._table[hit.slot, hit.page_index] = source
             return True
-        page = int(self._table[hit.slot, hit.page_index]) or self._new_page()
+        if source in self._unreferenced:
+            self._unreferenced.move_to_end(source)  # the page it is copied to shall be another
+        page = int(self._table[hit.slot, hit.page_index]) or self._new_pages(1)[0]
         self._table[hit.slot, hit.page_index] = page
         self._pool[page, first:stop] = self._pool[source, first:stop]
         self._status[page, first:stop] = self._status[source, first:stop]
         return True
 
-    def _publish(self, slot: int, index: int) -> None:
-        """Publish a page if this request fed all of it in the current generation."""
-        page = int(self._table[slot, index])
-        keys = self._keys[slot]
-        if (
-            index >= len(keys)
-            or index * self.page_size < self._floor[slot]
-            or self._slot_generation[slot] != self._generation
-            or self._status[page].any()
+    def _publish(self, slots: Int[np.ndarray, " n"], page_index: Int[np.ndarray, " n"]) -> None:
+        """Publish pages that their request fed completely in the current generation."""
+        pages = self._table[slots, page_index]
+        complete = (
+            (page_index * self.page_size >= self._floor[slots])
+            & (self._slot_generation[slots] == self._generation)
+            & ~self._status[pages].any(1)
+        )
+        for slot, index, page in zip(
+            slots[complete].tolist(),
+            page_index[complete].tolist(),
+            pages[complete].tolist(),
+            strict=True,
         ):
-            return
-        older = self._page_of_key.get(keys[index])
+            keys = self._keys[slot]
+            if index < len(keys) and page not in self._key_of_page:
+                self._publish_as(keys[index], page)
+
+    def _publish_as(self, key: Hashable, page: int) -> None:
+        older = self._page_of_key.get(key)
         if older is not None:
             del self._key_of_page[older]
             if older in self._unreferenced:
                 del self._unreferenced[older]
                 self._free_pages.append(older)
-        self._page_of_key[keys[index]] = page
-        self._key_of_page[page] = keys[index]
+        self._page_of_key[key] = page
+        self._key_of_page[page] = key
 
     def _truncate(self, slot: int, stop: int) -> None:
         """Forget rows from position ``stop`` on."""
@@ -310,7 +335,7 @@ class PageStore:
         if offset:
             page = int(row[index])
             if page in self._key_of_page or self._references[page] > 1:
-                own = self._new_page()
+                (own,) = self._new_pages(1)
                 self._pool[own, :offset] = self._pool[page, :offset]
                 self._status[own, :offset] = self._status[page, :offset]
                 self._drop_reference(page)

@@ -85,12 +85,10 @@ class RoutingScheduler:
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Store the step's rows, let vLLM process its tokens, then send rows that are due."""
-        step = self._r3_steps.popleft()
-        rows = getattr(model_runner_output, STEP_ROWS_ATTRIBUTE, None)
-        if scheduler_output.total_num_scheduled_tokens:
-            with self.r3_journal.guard("storing a step"):
-                self._r3_store_step(rows)
-        with self.r3_journal.guard("resolving prefix-cache hits"):
+        with self.r3_journal.guard("storing a step"):
+            step = self._r3_steps.popleft()
+            if scheduler_output.total_num_scheduled_tokens:
+                self._r3_store_step(getattr(model_runner_output, STEP_ROWS_ATTRIBUTE, None))
             self.r3_store.resolve(step.pending_hits)
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         with self.r3_journal.guard("settling draft tokens"):
@@ -293,5 +291,5 @@ def _build_store(scheduler: Any, layout: RoutingLayout) -> PageStore:
 
 def routing_scheduler(base: type, layout: RoutingLayout, **kwargs: Any) -> Any:
     """Build a scheduler of class ``base`` that also keeps routing; ``kwargs`` are vLLM's."""
-    composed = type(f"Routing{base.__name__}", (RoutingScheduler, base), {})
+    composed = type(f"Routing{base.__name__}", (RoutingScheduler, base), {"__module__": __name__})
     return composed(r3_layout=layout, **kwargs)

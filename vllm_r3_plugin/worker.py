@@ -175,6 +175,7 @@ def __getattr__(name: str) -> type:
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
     base = resolve_obj_by_qualname(name.removeprefix(_OVER).replace(":", "."))
-    composed = type(f"RoutingCapture{base.__name__}", (RoutingCaptureWorker, base), {})
+    bases = (RoutingCaptureWorker, base)
+    composed = type(f"RoutingCapture{base.__name__}", bases, {"__module__": __name__})
     globals()[name] = composed
     return composed
