@@ -42,6 +42,11 @@ class SchedulerFactory:
             return resolve_obj_by_qualname(self.users_class)
         return self.users_class
 
+    def __repr__(self) -> str:
+        # vLLM prints this in its warning about custom schedulers.
+        users = self.users_class or "vLLM's own, asynchronous scheduling as configured"
+        return f"SchedulerFactory of moe-r3 ({users})"
+
     def __reduce__(self) -> Any:
         """Arriving in another process, install there what the engine core needs."""
         return _arrive, (self.users_class, self.layout)
