@@ -55,9 +55,10 @@ def moe_r3_abort(engine_core: Any, request_ids: list[str]) -> dict[str, list[Any
 
     """
     engine_core.abort_requests(request_ids)
+    found = _rows_of_aborted(engine_core, request_ids, from_start=True)
     return {
         request_id: [stop, rows.dtype.str, list(rows.shape), rows.tobytes()]
-        for request_id, (stop, rows) in _rows_of_aborted(engine_core, request_ids).items()
+        for request_id, (stop, rows) in found.items()
     }
 
 
@@ -86,6 +87,8 @@ def _send_finish_outputs_to_client(
     self.output_queue.put_nowait((client_index, core_outputs))
 
 
-def _rows_of_aborted(engine_core: Any, request_ids: Iterable[str]) -> dict[str, Any]:
+def _rows_of_aborted(
+    engine_core: Any, request_ids: Iterable[str], **options: bool
+) -> dict[str, Any]:
     collect = getattr(engine_core.scheduler, "r3_rows_of_aborted", None)
-    return collect(request_ids) if collect is not None else {}
+    return collect(request_ids, **options) if collect is not None else {}

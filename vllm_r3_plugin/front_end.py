@@ -57,7 +57,7 @@ async def _fetch_rows(engine: Any, external_ids: list[str]) -> None:
             # The engine core may be some tokens ahead of what has arrived here.
             surplus = stop - (state.prompt_len + num_tokens - 1)
             rows = np.frombuffer(data, dtype).reshape(shape)
-            state.routed_experts_chunks.append(rows[: max(0, len(rows) - surplus)])
+            state.routed_experts_chunks = [rows[: max(0, len(rows) - surplus)]]
 
 
 def _new_completion_output(original: Callable[..., Any], self: Any, *args: Any) -> Any:

@@ -29,9 +29,17 @@ class TrackedRequest:
     """
 
     request: Any
-    sent: int
+    sent: int = 0
     kept: int = 0
     incomplete: bool = False
+
+    def __post_init__(self) -> None:
+        self.sent = self.first_row
+
+    @property
+    def first_row(self) -> int:
+        """Position of the first row that the user asked for."""
+        return int(self.request.sampling_params.routed_experts_prompt_start)
 
     @property
     def leaves_with_each_output(self) -> bool:
@@ -135,17 +143,23 @@ class RoutingScheduler:
     # --- what the engine core asks -----------------------------------------------------------
 
     def r3_rows_of_aborted(
-        self, request_ids: Iterable[str]
+        self, request_ids: Iterable[str], *, from_start: bool = False
     ) -> dict[str, tuple[int, np.ndarray[Any, Any]]]:
-        """Rows not yet sent of requests that have just been aborted, and where they stop."""
+        """Rows of requests that have just been aborted, and the position at which they stop.
+
+        Rows that have been sent are left out unless ``from_start``.
+        """
         found: dict[str, tuple[int, np.ndarray[Any, Any]]] = {}
         with self.r3_journal.guard("collecting the rows of aborted requests"):
             for request_id in request_ids:
                 tracked = self._r3_tracked.get(request_id)
-                if tracked is not None and tracked.request.num_output_tokens:
-                    rows = self._r3_take(tracked)
-                    if rows is not None:
-                        found[request_id] = (tracked.sent, rows)
+                if tracked is None or not tracked.request.num_output_tokens:
+                    continue
+                if from_start:
+                    tracked.sent = tracked.first_row
+                rows = self._r3_take(tracked)
+                if rows is not None:
+                    found[request_id] = (tracked.sent, rows)
         return found
 
     # --- following requests ------------------------------------------------------------------
@@ -161,7 +175,7 @@ class RoutingScheduler:
         start = request.num_computed_tokens - scheduler_output.num_scheduled_tokens[request_id]
         tracked = self._r3_tracked.get(request_id)
         if tracked is None:
-            tracked = TrackedRequest(request, request.sampling_params.routed_experts_prompt_start)
+            tracked = TrackedRequest(request)
             self._r3_tracked[request_id] = tracked
             if tracked.leaves_with_each_output:
                 self._r3_riding.add(request_id)
