@@ -48,12 +48,14 @@ class RouterWitness:
             probability, as the dispatcher gets it.
         recomputes: the same of calls within a backward pass.
         micro_batch: set by the test to the one that runs.
+        count_recomputes: number recomputes of each layer one after the other instead.
 
     """
 
     forwards: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     recomputes: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     micro_batch: int = -1
+    count_recomputes: bool = False
     hooks: list[Any] = field(default_factory=list)
 
     def watch(self, model: Any) -> "RouterWitness":
@@ -72,8 +74,11 @@ class RouterWitness:
         assert torch.equal(probs.detach() != 0, routing_map)
         in_backward = torch._C._current_graph_task_id() != -1
         calls = self.recomputes if in_backward else self.forwards
-        assert (self.micro_batch, layer) not in calls
-        calls[self.micro_batch, layer] = routing_map.detach().clone()
+        micro_batch = self.micro_batch
+        if in_backward and self.count_recomputes:
+            micro_batch = sum(1 for _, seen in calls if seen == layer)
+        assert (micro_batch, layer) not in calls
+        calls[micro_batch, layer] = routing_map.detach().clone()
 
 
 def expected_map(

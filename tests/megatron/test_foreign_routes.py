@@ -57,9 +57,10 @@ def replay_foreign(
     batches: Sequence[MicroBatch],
     order: Sequence[int] = (2, 0, 1),
     unrecorded: Sequence[tuple[int, int]] = (),
+    controller: Any = None,
 ) -> tuple[RouterWitness, Any]:
     """Replay foreign routes in all micro-batches and watch every router."""
-    controller = megatron_r3.attach(model)
+    controller = controller or megatron_r3.attach(model)
     witness = RouterWitness().watch(model)
 
     def before_forward(number: int, batch: MicroBatch) -> None:

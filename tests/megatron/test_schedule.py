@@ -81,8 +81,7 @@ def test_a_forward_only_pass_leaves_nothing_for_the_training_step(world_of_one: 
         for batch in batches[::-1]:
             feed(controller, model, batch)
             forward(model, batch)
-    controller.detach()
-    witness, _ = replay_foreign(model, batches)
+    witness, _ = replay_foreign(model, batches, controller=controller)
     assert_used(witness, batches, layout_of(model), 3)
 
 
@@ -135,8 +134,7 @@ def test_an_exception_leaves_nothing_armed(world_of_one: None) -> None:
         feed(controller, model, batches[1])
         raise InterruptedError
     assert same(used_by(model, batches[0]), native)
-    controller.detach()
-    witness, _ = replay_foreign(model, batches)
+    witness, _ = replay_foreign(model, batches, controller=controller)
     assert_used(witness, batches, layout_of(model), 3)
 
 

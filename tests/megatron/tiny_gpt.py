@@ -9,6 +9,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 
+from megatron_r3.reference_attention import with_reference_attention
+
 VOCAB, SEQ, BATCH = 128, 16, 2
 
 
@@ -61,6 +63,8 @@ def tiny_chunks(config: TransformerConfig) -> list[GPTModel]:
         spec = get_gpt_decoder_block_spec(
             config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=stage
         )
+        if config.context_parallel_size > 1:
+            spec = with_reference_attention(spec)
         chunks.append(
             GPTModel(
                 config,
