@@ -15,6 +15,10 @@ _NOWHERE = 0
 """Page 0 takes the rows that nobody wants, so that a write needs no mask; slot 0 owns only it."""
 
 
+Rows = tuple[UInt[np.ndarray, "T L k"], UInt8[np.ndarray, " T"]]
+"""Ids, and the status of each row."""
+
+
 class PendingHit(NamedTuple):
     """Rows of a prefix-cache hit that a step still in flight may publish."""
 
@@ -41,8 +45,8 @@ class PageStore:
     hit shares them, which pins them; pages that no request refers to are kept until room is
     needed, least recently used first.
 
-    A row is written at most as often as its token is fed, and never below the position at which
-    the request was last admitted: what earlier tokens were sampled with stays.
+    A request that is admitted again, after a preemption, keeps the rows of the tokens it has
+    emitted; its tokens are fed again all the same, and those rows serve later hits.
 
     Args:
         layout: shape of a row.
@@ -88,7 +92,7 @@ class PageStore:
         self._floor[0] = np.iinfo(np.int64).max
         self._keys: list[Sequence[Hashable]] = [()] * slots
         self._slot_generation = np.zeros(slots, np.int64)
-        self._hit_stop = [0] * slots
+        self._kept: list[Rows | None] = [None] * slots
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._slot_of
@@ -107,7 +111,7 @@ class PageStore:
             request_id: the request.
             start: tokens before it are not fed: they hit the prefix cache.
             keys: key of each full page of the request's tokens; may grow while the request runs.
-            keep: rows below this position are kept from an earlier admission.
+            keep: rows below this position stay what they were at an earlier admission.
 
         Returns:
             Hits whose rows are not there yet. Pass them to :meth:`resolve` once the rows of all
@@ -115,25 +119,19 @@ class PageStore:
 
         """
         slot = self._slot_of[request_id] or self._new_slot(request_id)
+        self._kept[slot] = self.read(request_id, 0, keep) if keep else None
+        self._truncate(slot, 0)
         self._keys[slot] = keys
         self._slot_generation[slot] = self._generation
-        self._truncate(slot, keep)
-        self._floor[slot] = max(start, keep)
-        if keep == 0:
-            self._hit_stop[slot] = start
-        size = self.page_size
-        pending = []
-        for index in range(keep // size, -(-start // size)):
-            if index < len(keys):
-                hit = PendingHit(slot, index, keys[index])
-                if not self._attach(hit, keep, start):
-                    pending.append(hit)
-        return pending
+        self._floor[slot] = start
+        num_hits = min(-(-start // self.page_size), len(keys))
+        hits = [PendingHit(slot, index, keys[index]) for index in range(num_hits)]
+        return [hit for hit in hits if not self._attach(hit)]
 
     def resolve(self, pending: Iterable[PendingHit]) -> None:
         """Give earlier hits the pages that have been published since."""
         for hit in pending:
-            self._attach(hit, 0, int(self._floor[hit.slot]))
+            self._attach(hit)
 
     def write(
         self,
@@ -177,9 +175,7 @@ class PageStore:
         recent = np.arange(max(0, full - 2), full)
         self._publish(np.full(len(recent), slot), recent)
 
-    def read(
-        self, request_id: str, start: int, stop: int
-    ) -> tuple[UInt[np.ndarray, "T L k"], UInt8[np.ndarray, " T"]]:
+    def read(self, request_id: str, start: int, stop: int) -> Rows:
         """Copies of the rows at positions ``start`` … ``stop - 1``: ids, and status of each row."""
         slot = self._slot_of[request_id]
         size = self.page_size
@@ -189,9 +185,14 @@ class PageStore:
         status = self._status[pages]
         status[pages == _NOWHERE] = RowStatus.STEP_LOST
         flat_status = status.reshape(-1)[rows]
-        hits = flat_status[: max(0, self._hit_stop[slot] - start)]
+        hits = flat_status[: max(0, int(self._floor[slot]) - start)]
         hits[hits == RowStatus.STEP_LOST] = RowStatus.EVICTED
         ids = self._pool[pages].reshape(-1, *self._pool.shape[2:])[rows]
+        kept = self._kept[slot]
+        if kept is not None:
+            num_kept = max(0, min(stop, len(kept[1])) - start)
+            ids[:num_kept] = kept[0][start : start + num_kept]
+            flat_status[:num_kept] = kept[1][start : start + num_kept]
         if flat_status.any():
             ids[flat_status != RowStatus.RECORDED] = self.layout.fill_id
         return ids, flat_status
@@ -203,6 +204,7 @@ class PageStore:
             self._last_batch = ()
             self._truncate(slot, 0)
             self._keys[slot] = ()
+            self._kept[slot] = None
             self._free_slots.append(slot)
 
     def start_generation(self) -> None:
@@ -221,7 +223,7 @@ class PageStore:
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
             self._keys += [()] * count
-            self._hit_stop += [0] * count
+            self._kept += [None] * count
         slot = self._free_slots.pop()
         self._slot_of[request_id] = slot
         self._last_batch = ()
@@ -280,14 +282,13 @@ class PageStore:
             new[: len(old)] = old
             setattr(self, name, new)
 
-    def _attach(self, hit: PendingHit, keep: int, start: int) -> bool:
-        """Share a published page, or copy rows ``keep`` … ``start - 1`` of it; False if absent."""
+    def _attach(self, hit: PendingHit) -> bool:
+        """Share a published page, or copy its rows below the floor; False if there is none."""
         source = self._page_of_key.get(hit.key, _NOWHERE)
         if source == _NOWHERE:
             return False
-        size = self.page_size
-        first, stop = max(keep - hit.page_index * size, 0), min(start - hit.page_index * size, size)
-        if (first, stop) == (0, size):
+        num_rows = int(self._floor[hit.slot]) - hit.page_index * self.page_size
+        if num_rows >= self.page_size:
             self._references[source] += 1
             self._unreferenced.pop(source, None)
             self._table[hit.slot, hit.page_index] = source
@@ -296,8 +297,8 @@ class PageStore:
             self._unreferenced.move_to_end(source)  # the page it is copied to shall be another
         page = int(self._table[hit.slot, hit.page_index]) or self._new_pages(1)[0]
         self._table[hit.slot, hit.page_index] = page
-        self._pool[page, first:stop] = self._pool[source, first:stop]
-        self._status[page, first:stop] = self._status[source, first:stop]
+        self._pool[page, :num_rows] = self._pool[source, :num_rows]
+        self._status[page, :num_rows] = self._status[source, :num_rows]
         return True
 
     def _publish(self, slots: Int[np.ndarray, " n"], page_index: Int[np.ndarray, " n"]) -> None:
@@ -334,13 +335,7 @@ class PageStore:
         row = self._table[slot]
         if offset:
             page = int(row[index])
-            if page in self._key_of_page or self._references[page] > 1:
-                (own,) = self._new_pages(1)
-                self._pool[own, :offset] = self._pool[page, :offset]
-                self._status[own, :offset] = self._status[page, :offset]
-                self._drop_reference(page)
-                row[index] = own
-            elif page != _NOWHERE:
+            if page not in self._key_of_page:
                 self._status[page, offset:] = RowStatus.STEP_LOST
             index += 1
         for column in (index + np.flatnonzero(row[index:])).tolist():

@@ -189,7 +189,7 @@ def test_a_request_that_starts_over_writes_all_rows_again():
     assert store.num_pages == 2
 
 
-def test_forgetting_rows_of_one_request_leaves_a_shared_page_alone():
+def test_a_request_that_starts_over_leaves_a_page_it_shares_alone():
     store = make_store()
     store.admit("a", 0, [b"k0"])
     feed(store, ("a", 1, 0, 4))
@@ -202,16 +202,35 @@ def test_forgetting_rows_of_one_request_leaves_a_shared_page_alone():
 
 def test_a_page_begun_before_the_reset_is_not_published_after_it():
     store = make_store()
-    keys = [b"k0", b"k1"]
-    store.admit("a", 0, keys)
+    store.admit("a", 0, [b"k0"])
     feed(store, ("a", 1, 0, 3))
     store.start_generation()
     feed(store, ("a", 1, 3, 4))
-    assert len(store.admit("b", 4, keys)) == 1
-    store.admit("a", 0, keys, keep=2)
-    feed(store, ("a", 2, 0, 8))
-    assert [hit.key for hit in store.admit("c", 8, keys)] == [b"k0"]
-    assert tags(store, "a", 0, 8) == [1, 1] + [2] * 6
+    assert len(store.admit("b", 4, [b"k0"])) == 1
+
+
+def test_what_a_resumed_request_computes_again_after_a_reset_serves_later_hits():
+    store = make_store()
+    keys = [b"k0", b"k1"]
+    store.admit("a", 0, keys)
+    feed(store, ("a", 1, 0, 7))
+    store.start_generation()
+    store.admit("a", 0, keys, keep=7)
+    feed(store, ("a", 2, 0, 9))
+    assert store.admit("b", 8, keys) == []
+    assert tags(store, "a", 0, 9) == [1] * 7 + [2] * 2
+    assert tags(store, "b", 0, 8) == [2] * 8
+
+
+def test_rows_kept_through_several_preemptions_stay_those_of_their_tokens():
+    store = make_store()
+    store.admit("a", 0, [])
+    feed(store, ("a", 1, 0, 5))
+    for tag, keep in ((2, 5), (3, 9), (4, 9)):
+        store.admit("a", 0, [], keep=keep)
+        feed(store, ("a", tag, 0, keep + 4))
+    assert tags(store, "a", 0, 13) == [1] * 5 + [2] * 4 + [4] * 4
+    assert tags(store, "a", 4, 10) == [1] + [2] * 4 + [4]
 
 
 def test_a_reset_forgets_published_pages_but_not_those_of_running_requests():
@@ -334,12 +353,11 @@ class History:
 
     def __init__(self, store):
         self.store, self.tag = store, 0
-        self.rows, self.floor, self.fed, self.family = {}, {}, {}, {}
+        self.rows, self.kept, self.fed, self.family = {}, {}, {}, {}
         self.since_reset = {}
 
     def begin(self, name, family, hit):
-        self.fed[name] = self.floor[name] = hit
-        self.family[name] = family
+        self.fed[name], self.kept[name], self.family[name] = hit, hit, family
         pending = self.store.admit(name, hit, [(family, block) for block in range(10)])
         self.store.resolve(pending)
         for position in range(hit):
@@ -352,14 +370,15 @@ class History:
             feed(self.store, *runs)
         for name, tag, start, stop in runs:
             self.fed[name] = stop
-            for position in range(max(start, self.floor[name]), stop if arrives else start):
-                self.rows[name, position] = {tag}
+            for position in range(start, stop if arrives else start):
+                if position >= self.kept[name]:
+                    self.rows[name, position] = {tag}
                 self.since_reset.setdefault((self.family[name], position), set()).add(tag)
 
     def preempt(self, name, keep):
         self.store.admit(name, 0, [(self.family[name], block) for block in range(10)], keep)
         self.forget(name, keep)
-        self.floor[name], self.fed[name] = keep, 0
+        self.kept[name], self.fed[name] = keep, 0
 
     def end(self, name):
         self.store.release(name)
@@ -378,7 +397,7 @@ class History:
             for position, tag in enumerate(tags(self.store, name, 0, 40)):
                 allowed = self.rows.get((name, position), set())
                 assert tag is None or tag in allowed, (name, position, tag, allowed)
-                if position >= self.floor[name] and allowed:
+                if position >= self.kept[name] and allowed:
                     assert tag in allowed, f"{name} lost position {position}"
 
 
