@@ -15,6 +15,7 @@ from tests.megatron.gloo_pool import GlooPool
 from tests.megatron.test_own_record import RECOMPUTE
 
 LENGTHS, MICRO_BATCHES = (16, 11), 4
+MOE_LAYERS = [0, 1, 1, 0, 1, 1, 1, 1]
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tensor_model_parallel_size": 2},
     "cp2": {"context_parallel_size": 2},
@@ -51,7 +52,7 @@ def wrong_rows(overrides: dict[str, Any]) -> tuple[int, int, int]:
     from tests.megatron.foreign_routes import RouterWitness, foreign_experts, foreign_routes
     from tests.megatron.tiny_gpt import BATCH, SEQ, VOCAB, tiny_chunks, tiny_config
 
-    config = tiny_config(moe_layer_freq=[0, 1, 1, 0, 1, 1, 1, 1], num_layers=8, **overrides)
+    config = tiny_config(moe_layer_freq=MOE_LAYERS, num_layers=len(MOE_LAYERS), **overrides)
     chunks = tiny_chunks(config)
     controller = megatron_r3.attach(chunks)
     witnesses = [RouterWitness().watch(chunk) for chunk in chunks]
@@ -89,11 +90,13 @@ def wrong_rows(overrides: dict[str, Any]) -> tuple[int, int, int]:
         )
 
     layout = controller.layout
+    moe = [number for number, is_moe in enumerate(MOE_LAYERS, 1) if is_moe]
     identity = torch.arange(BATCH * SEQ).view(BATCH, SEQ)
     codes = rows_of_routers(identity, config.sequence_parallel).tolist()
     followed = wrong = calls = 0
     for number, witness in enumerate(witnesses):
-        layers = [r.index for r in controller.report.replayed if r.chunk == number]
+        decoder = chunks[number].decoder.layers
+        layers = [moe.index(layer.layer_number) for layer in decoder if layer.layer_number in moe]
         for seen in (witness.forwards, witness.recomputes):
             for (micro_batch, local), used in seen.items():
                 calls += 1
