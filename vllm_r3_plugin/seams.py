@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ class Seam(NamedTuple):
         what: what we do with it.
         why: what needs it.
         gone_when: what would let us drop it.
+        attributes: of the instances of ``symbol``, where it is a class.
 
     """
 
@@ -25,6 +27,7 @@ class Seam(NamedTuple):
     what: str
     why: str
     gone_when: str
+    attributes: tuple[str, ...] = ()
 
 
 _UPSTREAM = "vLLM's own routed-experts output runs in every configuration"
@@ -132,16 +135,87 @@ SEAMS = (
         "see above",
     ),
     Seam(
-        f"{_RUNNER}.execute_model",
-        "read after: input_batch, num_scheduled_tokens, positions, max_num_tokens",
+        _RUNNER,
+        "read, after a forward",
         "which request's rows a step holds, and their positions (V1)",
         "the batch is part of ModelRunnerOutput",
+        ("input_batch", "num_scheduled_tokens", "positions", "max_num_tokens", "device"),
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_input_batch:InputBatch",
+        "read, after a forward",
+        "the requests of a step in batch order (V1)",
+        "the batch is part of ModelRunnerOutput",
+        ("req_ids", "num_reqs"),
     ),
     Seam(
         "vllm.v1.worker.gpu.input_batch:InputBatch",
-        "read: req_ids, num_reqs, num_scheduled_tokens, positions",
-        "the same for the V2 runner, in execute_model_state",
+        "read, after a forward, in the runner's execute_model_state",
+        "the same for the V2 runner",
         "the batch is part of ModelRunnerOutput",
+        ("req_ids", "num_reqs", "num_scheduled_tokens", "positions"),
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner:ExecuteModelState.input_batch",
+        "read, after a forward",
+        "tells a V2 runner, and leads to its batch",
+        "the batch is part of ModelRunnerOutput",
+    ),
+    Seam(
+        "vllm.v1.core.sched.scheduler:Scheduler",
+        "read",
+        "looks up requests, and sizes the store",
+        _UPSTREAM,
+        ("requests", "hash_block_size", "max_model_len", "max_num_running_reqs", "vllm_config"),
+    ),
+    Seam(
+        "vllm.v1.request:Request",
+        "read",
+        "which rows belong to emitted tokens, which steps vLLM discards, and the block hashes",
+        _UPSTREAM,
+        (
+            "block_hashes",
+            "drop_stale_output",
+            "num_computed_tokens",
+            "num_output_tokens",
+            "num_stale_output_tokens",
+            "num_tokens",
+            "sampling_params",
+        ),
+    ),
+    Seam(
+        "vllm.v1.core.sched.output:SchedulerOutput",
+        "read",
+        "which requests a step begins, resumes or drafts for",
+        _UPSTREAM,
+        (
+            "num_scheduled_tokens",
+            "scheduled_cached_reqs",
+            "scheduled_new_reqs",
+            "scheduled_spec_decode_tokens",
+            "total_num_scheduled_tokens",
+        ),
+    ),
+    Seam(
+        "vllm.v1.core.sched.output:CachedRequestData",
+        "read",
+        "which requests a step resumes",
+        _UPSTREAM,
+        ("resumed_req_ids",),
+    ),
+    Seam(
+        "vllm.v1.engine.output_processor:OutputProcessor",
+        "read",
+        "finds the requests that a client aborts",
+        "the front end waits for the engine core's last output of an aborted request",
+        ("external_req_ids", "request_states"),
+    ),
+    Seam(
+        "vllm.v1.engine.output_processor:RequestState",
+        "read; routed_experts_chunks is set",
+        "gives an aborted request its rows",
+        "the front end waits for the engine core's last output of an aborted request",
+        ("detokenizer", "prompt_len", "routed_experts_chunks"),
     ),
     Seam(
         "vllm.v1.worker.worker_base:WorkerBase.execute_model",
@@ -172,7 +246,7 @@ SEAMS = (
 
 def missing() -> list[Seam]:
     """The seams that the installed vLLM lacks."""
-    return [seam for seam in SEAMS if not _exists(seam.symbol)]
+    return [seam for seam in SEAMS if not _exists(seam)]
 
 
 def require_present() -> None:
@@ -205,9 +279,24 @@ def resolve(symbol: str) -> Any:
     return reduce(getattr, attributes.split("."), importlib.import_module(module))
 
 
-def _exists(symbol: str) -> bool:
+def _exists(seam: Seam) -> bool:
     try:
-        resolve(symbol)
+        found = resolve(seam.symbol)
     except (ImportError, AttributeError):
         return False
-    return True
+    return not missing_attributes(found, seam.attributes)
+
+
+def missing_attributes(cls: Any, names: tuple[str, ...]) -> list[str]:
+    """Those of ``names`` that no class in the hierarchy of ``cls`` defines, declares or assigns."""
+    if not names:
+        return []
+    known: set[str] = set()
+    for base in cls.__mro__:
+        known.update(vars(base), getattr(base, "__annotations__", ()))
+        if "__init__" in vars(base):
+            known.update(getattr(inspect.unwrap(base.__init__), "__code__", _NO_CODE).co_names)
+    return [name for name in names if name not in known]
+
+
+_NO_CODE = compile("", "", "exec")

@@ -13,6 +13,13 @@ def test_vllm_still_has(seam):
     assert seam not in seams.missing(), f"{seam.symbol} moved; it serves: {seam.why}"
 
 
+def test_an_attribute_that_moved_is_noticed():
+    from vllm.v1.request import Request
+
+    names = ("num_tokens", "drop_stale_output", "no_such_attribute")
+    assert seams.missing_attributes(Request, names) == ["no_such_attribute"]
+
+
 def test_the_installed_vllm_was_checked():
     assert vllm.__version__.partition("+")[0] in seams.CHECKED_ON
 
