@@ -58,7 +58,7 @@ def seed(value: int) -> None:
     model_parallel_cuda_manual_seed(value + 100 * parallel_state.get_pipeline_model_parallel_rank())
 
 
-class _CudaToCpu(TorchFunctionMode):  # type: ignore[misc]
+class _CudaToCpu(TorchFunctionMode):
     """Map CUDA devices, CUDA tensor types and pinned memory to the CPU's, for each torch call."""
 
     def __torch_function__(

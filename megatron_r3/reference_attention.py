@@ -34,7 +34,7 @@ def with_reference_attention(spec: Any) -> Any:
     return spec
 
 
-class ReferenceAttention(MegatronModule):  # type: ignore[misc]
+class ReferenceAttention(MegatronModule):
     """Causal attention over each sequence, with the call signature of `DotProductAttention`.
 
     With context parallelism each rank holds two chunks of every sequence, in the zigzag order of

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megatron_r3.router_calls import ChunkCalls
 
 
-class ReplayHandle(RouterReplay):  # type: ignore[misc]
+class ReplayHandle(RouterReplay):
     """The ``router_replay`` of one :class:`~megatron_r3.router.ReplayTopKRouter`.
 
     Bound to a controller it answers from the frame of the micro-batch that runs. An action set by

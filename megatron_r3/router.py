@@ -12,7 +12,7 @@ from megatron_r3.errors import ReplayStateError
 from megatron_r3.replay_handle import ReplayHandle
 
 
-class ReplayTopKRouter(TopKRouter):  # type: ignore[misc]
+class ReplayTopKRouter(TopKRouter):
     """A top-k router whose ``router_replay`` is a :class:`ReplayHandle`.
 
     Only the selection is replayed: logits and probabilities are computed live, so the gate stays

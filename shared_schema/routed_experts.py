@@ -13,7 +13,6 @@ from jaxtyping import Bool, Int, UInt, UInt8
 from shared_schema.errors import RoutingSchemaError
 from shared_schema.layout import RoutingLayout
 
-
 _IDS_IN_CACHE = 1 << 15
 
 
