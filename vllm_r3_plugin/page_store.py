@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -54,6 +54,8 @@ class PageStore:
         max_tokens: longest sequence.
         cached_pages: pages kept in all before unreferenced ones are given up.
         max_pages: pages at most. Beyond it new rows are dropped and read back as unrecorded.
+        serves_hits: whether later hits on a key will use the KV block that this request, with the
+            page of this index, computed. Two requests may compute the same block; hits use one.
 
     """
 
@@ -64,7 +66,9 @@ class PageStore:
         max_tokens: int,
         cached_pages: int,
         max_pages: int,
+        serves_hits: Callable[[str, int, Hashable], bool] = lambda request, index, key: True,
     ) -> None:
+        self._serves_hits = serves_hits
         self.layout = layout
         self.page_size = page_size
         self.rows_dropped = 0
@@ -90,6 +94,7 @@ class PageStore:
         self._table = np.zeros((slots, width), np.int32)
         self._floor = np.zeros(slots, np.int64)
         self._floor[0] = np.iinfo(np.int64).max
+        self._request_of = [""] * slots
         self._keys: list[Sequence[Hashable]] = [()] * slots
         self._slot_generation = np.zeros(slots, np.int64)
         self._kept: list[Rows | None] = [None] * slots
@@ -222,10 +227,12 @@ class PageStore:
             for name in ("_table", "_floor", "_slot_generation"):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
+            self._request_of += [""] * count
             self._keys += [()] * count
             self._kept += [None] * count
         slot = self._free_slots.pop()
         self._slot_of[request_id] = slot
+        self._request_of[slot] = request_id
         self._last_batch = ()
         return slot
 
@@ -317,7 +324,9 @@ class PageStore:
         ):
             keys = self._keys[slot]
             if index < len(keys) and page not in self._key_of_page:
-                self._publish_as(keys[index], page)
+                key = keys[index]
+                if self._serves_hits(self._request_of[slot], index, key):
+                    self._publish_as(key, page)
 
     def _publish_as(self, key: Hashable, page: int) -> None:
         older = self._page_of_key.get(key)

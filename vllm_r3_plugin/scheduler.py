@@ -64,6 +64,7 @@ class RoutingScheduler:
     """
 
     requests: dict[str, Any]
+    kv_cache_manager: Any
 
     def __init__(self, *args: Any, r3_layout: RoutingLayout, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -161,6 +162,19 @@ class RoutingScheduler:
                 if rows is not None:
                     found[request_id] = (tracked.sent, rows)
         return found
+
+    def r3_serves_hits(self, request_id: str, index: int, block_hash: Any) -> bool:
+        """Whether hits on ``block_hash`` find the KV block ``index`` of this request.
+
+        Not so where another request computed the same block before: both are kept, hits use the
+        first. A request that has just lost its blocks gets the benefit of the doubt, and so do
+        models with several kinds of KV cache, whose blocks have other sizes.
+        """
+        blocks = self.kv_cache_manager.get_blocks(request_id).blocks
+        if len(blocks) != 1 or index >= len(blocks[0]):
+            return True
+        cached = self.kv_cache_manager.block_pool.get_cached_block(block_hash, [0])
+        return cached is None or cached[0] is blocks[0][index]
 
     # --- following requests ------------------------------------------------------------------
 
@@ -300,7 +314,14 @@ def _build_store(scheduler: Any, layout: RoutingLayout) -> PageStore:
         max_pages = cached_pages + scheduler.max_num_running_reqs * pages_of_request
     else:
         max_pages = max_bytes // page_bytes
-    return PageStore(layout, page_size, scheduler.max_model_len, cached_pages, max_pages)
+    return PageStore(
+        layout,
+        page_size,
+        scheduler.max_model_len,
+        cached_pages,
+        max_pages,
+        scheduler.r3_serves_hits,
+    )
 
 
 def routing_scheduler(base: type, layout: RoutingLayout, **kwargs: Any) -> Any:

@@ -166,7 +166,26 @@ SEAMS = (
         "read",
         "looks up requests, and sizes the store",
         _UPSTREAM,
-        ("requests", "hash_block_size", "max_model_len", "max_num_running_reqs", "vllm_config"),
+        (
+            "hash_block_size",
+            "kv_cache_manager",
+            "max_model_len",
+            "max_num_running_reqs",
+            "requests",
+            "vllm_config",
+        ),
+    ),
+    Seam(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.get_blocks",
+        "called, with block_pool of the manager",
+        "tells which of two equal KV blocks later prefix-cache hits will use",
+        _UPSTREAM,
+    ),
+    Seam(
+        "vllm.v1.core.block_pool:BlockPool.get_cached_block",
+        "called",
+        "tells which of two equal KV blocks later prefix-cache hits will use",
+        _UPSTREAM,
     ),
     Seam(
         "vllm.v1.request:Request",

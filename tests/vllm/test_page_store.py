@@ -258,6 +258,16 @@ def test_the_newest_rows_are_published_when_a_block_is_computed_again():
     assert store.num_pages == 1
 
 
+def test_a_block_computed_twice_keeps_the_rows_of_the_one_that_hits_will_use():
+    store = PageStore(LAYOUT, SIZE, 64, 64, 64, lambda request, index, key: request == "a")
+    for tag, request in enumerate("ab"):
+        store.admit(request, 0, [b"k0"])
+        feed(store, (request, tag, 0, 4))
+    store.admit("c", 4, [b"k0"])
+    assert tags(store, "c", 0, 4) == [0] * 4
+    assert tags(store, "b", 0, 4) == [1] * 4
+
+
 def test_a_page_with_an_unrecorded_row_is_not_published():
     store = make_store()
     store.admit("a", 0, [b"k0"])
