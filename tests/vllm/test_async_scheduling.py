@@ -3,21 +3,38 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from .rigs.engine import force_async_scheduling, generate, start_engine, workload
 from .rigs.engine_process import run_in_engine_process
 from .rigs.lost_payloads import losing_payloads
+from .rigs.rollouts import random_prompts
 from .rigs.router_hook import RouterHook
 from .rigs.transformers_oracle import TransformersOracle
+
+
+def _ending_while_preempted() -> tuple[list[list[int]], list[Any]]:
+    """Requests that await their second and last token while others, of equal age, need a block.
+
+    Lengths alone decide what is scheduled, so the same requests are preempted in every run.
+    """
+    from vllm import SamplingParams
+
+    prompts = random_prompts(np.random.default_rng(0), [29] * 120)
+    return prompts, [
+        SamplingParams(temperature=1.0, max_tokens=n, ignore_eos=True, detokenize=False)
+        for n in [2, 8] * 60
+    ]
 
 
 def _run(model: Path) -> dict[str, Any]:
     force_async_scheduling()
     llm = start_engine(model, num_gpu_blocks_override=12)
     hook = RouterHook(llm)
+    rollouts = generate(llm, *workload(240, seed=4)) + generate(llm, *_ending_while_preempted())
     whole = {
-        "rollouts": hook.attach_to(generate(llm, *workload(240, seed=4))),
+        "rollouts": hook.attach_to(rollouts),
         "max_concurrent_batches": hook.max_concurrent_batches,
         "preempted_in_flight": hook.preempted_in_flight,
         "finished_while_preempted": hook.finished_while_preempted,

@@ -75,14 +75,11 @@ def test_each_of_n_choices_carries_its_own_rows(
 
 
 def test_a_stop_string_keeps_the_rows(client: openai.OpenAI, oracle: TransformersOracle) -> None:
-    stops = [list("etaoinshr"), "a"]
+    stops = list("etao")
     rollouts = [
-        rollout
-        for text in TEXTS
-        for rollout in _complete(client, text, max_tokens=150, stop=stops[0])
+        rollout for text in TEXTS for rollout in _complete(client, text, max_tokens=150, stop=stops)
     ]
-    stopped = [r for r in rollouts if r.stop_reason in stops[0]]
-    assert len(stopped) >= 12
+    assert sum(rollout.stop_reason in stops for rollout in rollouts) >= 6
     assert oracle.agreement(rollouts).differing == 0
 
 
@@ -131,18 +128,15 @@ def test_the_server_survives_clients_that_disconnect(
     assert oracle.agreement(_complete(client, "after", max_tokens=20)).differing == 0
 
 
-def test_a_port_in_use_is_named(url: str, moe_model: Path) -> None:
-    printed = failing_serve(moe_model, httpx.URL(url).port)
-    assert "Address already in use" in printed
+def test_a_port_in_use_is_named_in_the_last_line(url: str, moe_model: Path) -> None:
+    assert "Address already in use" in failing_serve(moe_model, httpx.URL(url).port)
 
 
-def test_a_model_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    printed = failing_serve(tmp_path / "missing", 0)
-    assert str(tmp_path / "missing") in printed
+def test_a_model_path_that_does_not_exist_is_named_in_the_last_line(tmp_path: Path) -> None:
+    assert str(tmp_path / "missing") in failing_serve(tmp_path / "missing", 0)
 
 
 def test_a_dense_model_is_refused_in_one_sentence(dense_model: Path) -> None:
-    printed = failing_serve(dense_model, 0)
-    sentences = {line for line in printed.splitlines() if "has no experts" in line}
-    assert len(sentences) == 1
-    assert "--enable-return-routed-experts" in sentences.pop()
+    refusal = failing_serve(dense_model, 0)
+    assert refusal.startswith("ValueError: --enable-return-routed-experts was given with")
+    assert str(dense_model) in refusal

@@ -50,7 +50,7 @@ def force_async_scheduling() -> None:
 
 
 def workload(count: int, seed: int, max_tokens: int = 24) -> tuple[list[list[int]], list[Any]]:
-    """Prompts of 1 to 90 tokens, a third behind a common prefix; 1 to `max_tokens` are asked for."""
+    """Prompts of 1 to 90 tokens, a third behind a common prefix; 1 to `max_tokens` are asked."""
     from vllm import SamplingParams
 
     rng = np.random.default_rng(seed)

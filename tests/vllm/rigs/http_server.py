@@ -64,7 +64,7 @@ def serving(model: Path, log_path: Path) -> Iterator[str]:
 
 
 def failing_serve(model: Path | str, port: int) -> str:
-    """Run a server that must refuse to start; returns all that it printed."""
+    """Run a server that must refuse to start; returns the last line that it printed."""
     done = subprocess.run(
         serve_command(model, port),
         cwd=REPOSITORY,
@@ -76,7 +76,7 @@ def failing_serve(model: Path | str, port: int) -> str:
         check=False,
     )
     assert done.returncode != 0, "the server started and stopped without an error"
-    return done.stdout
+    return done.stdout.strip().splitlines()[-1]
 
 
 def _healthy(url: str) -> bool:
