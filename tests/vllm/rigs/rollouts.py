@@ -1,6 +1,6 @@
 """What an engine returned for a request, in plain arrays that leave the engine's process."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,7 @@ def from_outputs(
     ]
 
 
-def random_prompts(rng: np.random.Generator, lengths: Sequence[int]) -> list[list[int]]:
+def random_prompts(rng: np.random.Generator, lengths: Iterable[int]) -> list[list[int]]:
     """One prompt of random bytes for each length."""
     return [
         rng.integers(FIRST_PROMPT_TOKEN, LAST_PROMPT_TOKEN + 1, int(n)).tolist() for n in lengths

@@ -79,7 +79,7 @@ class RouterHook:
                 r for r, (request, _) in known.items() if request.status.name == "PREEMPTED"
             }
             result = update(scheduler_output, *args)
-            step, _ = self._step_of.pop(id(scheduler_output), (None, None))
+            step, _ = self._step_of.pop(id(scheduler_output))
             for name, (request, before) in known.items():
                 seen = self.requests[name]
                 seen.num_prompt_tokens = request.num_prompt_tokens
@@ -143,9 +143,8 @@ class RouterHook:
 
     @staticmethod
     def _slots(blocks: np.ndarray, positions: np.ndarray, block_size: int) -> np.ndarray:
-        return (
-            blocks[positions // block_size].astype(np.int64) * block_size + positions % block_size
-        )
+        block: np.ndarray = blocks[positions // block_size].astype(np.int64)
+        return block * block_size + positions % block_size
 
     def expected(self, request: str, tokens: Sequence[int]) -> tuple[np.ndarray, int]:
         """The rows [T-1, L_moe, k] of a request's final `tokens`: the first that were emitted.
