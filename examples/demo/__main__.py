@@ -45,7 +45,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--train-steps",
         type=_between(1, 100_000),
-        default=450,
+        default=750,
         help="steps that the small model is trained for, the first time",
     )
     return parser.parse_args()

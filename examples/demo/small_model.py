@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM, logging
 
 SEED = 0
 SEQUENCE_LENGTH = 192
-BATCH_SIZE = 8
+BATCH_SIZE = 4
 PEAK_LEARNING_RATE = 4e-3
 WARMUP_STEPS = 20
 INITIALIZER_RANGE = 0.06
@@ -21,24 +21,25 @@ HELD_OUT_TOKENS = 200_000
 EOS_ID = 256
 
 
-def small_model(cache: Path, steps: int, progress: Callable[[int, float], None]) -> Path:
-    """Return the folder of the trained checkpoint; train it when this recipe has not run yet.
+def checkpoint_folder(cache: Path, steps: int) -> Path:
+    """Name the checkpoint that this recipe makes in `steps` steps, by a digest of this file."""
+    recipe = Path(__file__).read_bytes() + f"{steps}".encode()
+    return cache / hashlib.sha256(recipe).hexdigest()[:12]
 
-    The folder under `cache` is named after a digest of this file and of `steps`, and appears
-    only when it is complete, so an interrupted training leaves nothing to be mistaken for it.
-    `progress(step, loss)` is called after each of the `steps` optimizer steps.
+
+def train_checkpoint(folder: Path, steps: int, progress: Callable[[int, float], None]) -> None:
+    """Train the model and write it, with its tokenizer, to `folder`.
+
+    `folder` appears only when it is complete, so an interrupted training leaves nothing to be
+    mistaken for it. `progress(step, loss)` is called after each step, with nats a byte.
     """
-    recipe = hashlib.sha256(Path(__file__).read_bytes() + f"{steps}".encode()).hexdigest()[:12]
-    folder = cache / recipe
-    if folder.exists():
-        return folder
-    unfinished = cache / f"{recipe}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
     model = _train(_corpus()[HELD_OUT_TOKENS:], steps, progress)
+    unfinished = folder.with_suffix(".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    logging.disable_progress_bar()  # it would break into the caller's
     model.to(torch.bfloat16).save_pretrained(unfinished)
     byte_tokenizer().save_pretrained(unfinished)
     unfinished.rename(folder)
-    return folder
 
 
 def held_out_prompts(count: int) -> list[list[int]]:
@@ -51,11 +52,11 @@ def held_out_prompts(count: int) -> list[list[int]]:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Make the tokenizer: token `i` is the byte `i` of UTF-8, and one more token ends a file."""
+    """Make the tokenizer: token `i` is the byte `i` of UTF-8, then end of file, then padding."""
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
 
 
 def _corpus() -> np.ndarray:
@@ -68,7 +69,7 @@ def _corpus() -> np.ndarray:
 
 def _config() -> Qwen3MoeConfig:
     return Qwen3MoeConfig(
-        vocab_size=258,  # 256 bytes and EOS, made even for tensor parallelism
+        vocab_size=258,  # 256 bytes, EOS and padding
         hidden_size=128,
         intermediate_size=384,
         moe_intermediate_size=64,

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -24,7 +25,7 @@ from examples.demo.policy_step import policy_gradient_step
 from examples.demo.report import Report
 from examples.demo.rollout import Sample, load, roll_out, save
 from examples.demo.server import serve
-from examples.demo.small_model import held_out_prompts, small_model
+from examples.demo.small_model import checkpoint_folder, held_out_prompts, train_checkpoint
 from examples.demo.trainer import RouterWatch, Scores, build_trainer, score, start_megatron
 from megatron_r3.hf_loader import read_hf_config
 from shared_schema import RoutingLayout
@@ -47,6 +48,8 @@ def run(out: Path, prompts: int, max_tokens: int, train_steps: int) -> int:
             (out / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoError(f"{out} cannot hold the results ({error}); pass another --out.") from None
+    # A second thread gains a tenth on matrices this small, and loses threefold on shared cores.
+    torch.set_num_threads(1)
     _announce("1/4", "A small Qwen3-MoE, trained on Python's standard library")
     model = _model(out / "model", train_steps)
     layout = RoutingLayout.from_hf_config(read_hf_config(model))
@@ -64,13 +67,15 @@ def run(out: Path, prompts: int, max_tokens: int, train_steps: int) -> int:
 
 
 def _model(cache: Path, train_steps: int) -> Path:
-    with _progress(TextColumn("loss {task.fields[loss]:.2f} nats a byte")) as progress:
-        task = progress.add_task("training, once", total=train_steps, loss=np.nan, visible=False)
-        model = small_model(
-            cache,
-            train_steps,
-            lambda step, loss: progress.update(task, completed=step, loss=loss, visible=True),
-        )
+    model = checkpoint_folder(cache, train_steps)
+    if not model.exists():
+        with _progress(TextColumn("loss {task.fields[loss]:.2f} nats a byte")) as progress:
+            task = progress.add_task("training, once", total=train_steps, loss=np.nan)
+            train_checkpoint(
+                model,
+                train_steps,
+                lambda step, loss: progress.update(task, completed=step, loss=loss),
+            )
     console.print(f"checkpoint: {model}")
     return model
 
