@@ -1,6 +1,7 @@
 """Command line: `python -m examples.demo`."""
 
 import argparse
+import os
 import signal
 import sys
 import warnings
@@ -16,13 +17,18 @@ def main() -> int:
     # Ended from outside, too, the demo unwinds, and so takes the server with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
+    environment = dict(os.environ)
+    # Model and trainer are small and run on the CPU; a GPU is for the server alone.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # megatron-core tells at every import that it found no Transformer Engine and no Apex.
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
     from examples.demo import steps  # takes seconds, which --help need not
 
     try:
-        return steps.run(options.out, options.prompts, options.max_tokens, options.train_steps)
+        return steps.run(
+            options.out, options.prompts, options.max_tokens, options.train_steps, environment
+        )
     except demo.DemoError as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -20,6 +21,7 @@ from examples.demo import DemoError
 from examples.demo.metrics import differing_decisions
 from examples.demo.rollout import Sample
 from examples.demo.trainer import RouterWatch, output_logprobs
+from shared_schema import RoutedExpertsBatch
 
 MICRO_BATCHES = 2
 LEARNING_RATE = 1e-5
@@ -90,7 +92,9 @@ def policy_gradient_step(
         )
     wrapped.finish_grad_sync()
     calls = watch.take()
-    _check_calls(calls, [np.concatenate([samples[i].routed.ids for i in b]) for b in batches])
+    check_calls(
+        calls, [RoutedExpertsBatch.from_list([samples[i].routed for i in b]) for b in batches]
+    )
     _check_gates(model)
     stepped, grad_norm, _ = optimizer.step()
     loss = float(np.mean([float(report["loss"]) for report in losses]))
@@ -112,20 +116,30 @@ def _advantages(samples: Sequence[Sample]) -> np.ndarray:
     return np.asarray((rewards - rewards.mean()) / (rewards.std() + 1e-6))
 
 
-def _check_calls(calls: list[list[np.ndarray]], rows: list[np.ndarray]) -> None:
-    """Every router ran twice in each micro-batch, both times with the rollout's experts.
+def check_calls(
+    calls: Sequence[Sequence[Int[np.ndarray, "rows k"]]], routes: Sequence[RoutedExpertsBatch]
+) -> None:
+    """Check that every router ran twice in each micro-batch, with the rollout's experts.
 
-    Without pipelining a micro-batch's recompute follows its forward.
+    Args:
+        calls: of each router, in order; without pipelining a micro-batch's recompute follows its
+            forward.
+        routes: of each micro-batch; rows that were not recorded may use any experts.
+
+    Raises:
+        DemoError: a call too few or too many, or other experts.
+
     """
     for layer, router_calls in enumerate(calls):
-        if len(router_calls) != 2 * len(rows):
+        if len(router_calls) != 2 * len(routes):
             raise DemoError(
-                f"MoE layer {layer} routed {len(router_calls)} times in {len(rows)} micro-batches, "
-                f"expected {2 * len(rows)}: a forward and a recompute each."
+                f"MoE layer {layer} routed {len(router_calls)} times in {len(routes)} "
+                f"micro-batches, expected {2 * len(routes)}: a forward and a recompute each."
             )
         for number, used in enumerate(router_calls):
-            expected = rows[number // 2][:, layer]
-            wrong = int(differing_decisions(used[:, None], expected[:, None]).sum())
+            expected = routes[number // 2]
+            differs = differing_decisions(used[:, None], expected.values[:, [layer]])[:, 0]
+            wrong = int((differs & expected.recorded).sum())
             if wrong:
                 raise DemoError(
                     f"MoE layer {layer} used other experts than the rollout in {wrong} rows of the "

@@ -73,12 +73,38 @@ def roll_out(
             extra_body={"return_token_ids": True},
         )
         progress()
-        return _to_sample(answer.choices[0].to_dict(), layout)
+        return to_sample(answer.choices[0].to_dict(), layout)
 
     try:
         return asyncio.run(all_samples())
     except APIError as error:
         raise DemoError(f"a request to vLLM at {url} failed: {error}") from error
+
+
+def to_sample(choice: dict[str, Any], layout: RoutingLayout) -> Sample:
+    """Read a choice of the answer; without routed experts, all rows are marked as missing.
+
+    Raises:
+        DemoError: more or fewer rows than the tokens call for.
+        RoutingSchemaError: rows that break the schema.
+
+    """
+    prompt_ids, output_ids = choice["prompt_token_ids"], choice["token_ids"]
+    num_rows = len(prompt_ids) + len(output_ids) - 1
+    if choice.get("routed_experts"):
+        routed = from_vllm_base64(choice["routed_experts"], layout)
+    else:
+        routed = RoutedExperts(
+            np.zeros((num_rows, layout.num_moe_layers, layout.top_k), layout.dtype),
+            layout,
+            status=np.full(num_rows, RowStatus.MISSING, np.uint8),
+        )
+    if len(routed) != num_rows:
+        raise DemoError(
+            f"vLLM returned {len(routed)} rows of routed experts for {len(prompt_ids)} prompt and "
+            f"{len(output_ids)} output tokens, expected {num_rows}."
+        )
+    return Sample(prompt_ids, output_ids, np.asarray(choice["logprobs"]["token_logprobs"]), routed)
 
 
 def save(samples: list[Sample], folder: Path) -> None:
@@ -105,22 +131,3 @@ def load(folder: Path, layout: RoutingLayout) -> list[Sample]:
         )
         for index, row in enumerate(json.loads((folder / "samples.json").read_text()))
     ]
-
-
-def _to_sample(choice: dict[str, Any], layout: RoutingLayout) -> Sample:
-    prompt_ids, output_ids = choice["prompt_token_ids"], choice["token_ids"]
-    num_rows = len(prompt_ids) + len(output_ids) - 1
-    if choice.get("routed_experts"):
-        routed = from_vllm_base64(choice["routed_experts"], layout)
-    else:
-        routed = RoutedExperts(
-            np.zeros((num_rows, layout.num_moe_layers, layout.top_k), layout.dtype),
-            layout,
-            status=np.full(num_rows, RowStatus.MISSING, np.uint8),
-        )
-    if len(routed) != num_rows:
-        raise DemoError(
-            f"vLLM returned {len(routed)} rows of routed experts for {len(prompt_ids)} prompt and "
-            f"{len(output_ids)} output tokens, expected {num_rows}."
-        )
-    return Sample(prompt_ids, output_ids, np.asarray(choice["logprobs"]["token_logprobs"]), routed)

@@ -8,7 +8,7 @@ import sysconfig
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ LOG_LINES_SHOWN = 15
 
 
 @contextmanager
-def serve(model: Path, log: Path) -> Iterator[str]:
+def serve(model: Path, log: Path, environment: Mapping[str, str]) -> Iterator[str]:
     """Serve `model` in bf16 with routed experts on a free port; yield its OpenAI base URL.
 
     The plugin is not named anywhere here: vLLM finds it through the entry point of the installed
@@ -38,13 +38,12 @@ def serve(model: Path, log: Path) -> Iterator[str]:
         "--enable-return-routed-experts",
         "--enforce-eager",  # compiling takes longer than these few tokens, and needs g++
     ]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ  # GiB; the default is far more
     with log.open("wb") as output:
         server = subprocess.Popen(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={"VLLM_CPU_KVCACHE_SPACE": "1", **environment},  # GiB; the default is far more
             start_new_session=True,  # Ctrl-C reaches this process alone, which then stops it
         )
         try:

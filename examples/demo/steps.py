@@ -1,6 +1,6 @@
 """The demo's steps, one after the other, announced with their progress."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -36,7 +36,13 @@ SAMPLES_PER_OTHER_BATCH = 5
 console = Console()
 
 
-def run(out: Path, prompts: int, max_tokens: int, train_steps: int) -> int:
+def run(
+    out: Path,
+    prompts: int,
+    max_tokens: int,
+    train_steps: int,
+    server_environment: Mapping[str, str],
+) -> int:
     """Run everything, print and write the report, and return the exit status.
 
     Raises:
@@ -54,7 +60,14 @@ def run(out: Path, prompts: int, max_tokens: int, train_steps: int) -> int:
     model = _model(out / "model", train_steps)
     layout = RoutingLayout.from_hf_config(read_hf_config(model))
     _announce("2/4", "Rollout: vllm serve --enable-return-routed-experts")
-    samples = _rollout(model, layout, prompts, max_tokens, out / "rollout")
+    with ExitStack() as running:
+        with console.status("starting the server"):
+            url = running.enter_context(
+                serve(model, out / "rollout" / "server.log", server_environment)
+            )
+        samples = _sample(url, layout, prompts, max_tokens)
+    save(samples, out / "rollout")
+    samples = load(out / "rollout", layout)
     _announce("3/4", "Trainer: megatron-core scores the samples, then takes a policy step")
     report = _train(model, layout, samples, out)
     _announce("4/4", "Report")
@@ -80,19 +93,12 @@ def _model(cache: Path, train_steps: int) -> Path:
     return model
 
 
-def _rollout(
-    model: Path, layout: RoutingLayout, prompts: int, max_tokens: int, folder: Path
-) -> list[Sample]:
-    with ExitStack() as running:
-        with console.status("starting the server"):
-            url = running.enter_context(serve(model, folder / "server.log"))
-        with _progress() as progress:
-            task = progress.add_task("sampling", total=prompts)
-            samples = roll_out(
-                url, held_out_prompts(prompts), max_tokens, layout, lambda: progress.advance(task)
-            )
-    save(samples, folder)
-    return load(folder, layout)
+def _sample(url: str, layout: RoutingLayout, prompts: int, max_tokens: int) -> list[Sample]:
+    with _progress() as progress:
+        task = progress.add_task("sampling", total=prompts)
+        return roll_out(
+            url, held_out_prompts(prompts), max_tokens, layout, lambda: progress.advance(task)
+        )
 
 
 def _train(model: Path, layout: RoutingLayout, samples: list[Sample], out: Path) -> Report:
@@ -112,8 +118,9 @@ def _train(model: Path, layout: RoutingLayout, samples: list[Sample], out: Path)
     with console.status("policy-gradient step under replay, with full recompute"):
         step = policy_gradient_step(gpt, controller, watch, samples)
     console.print(
-        f"policy step: loss {step.loss:.4f}, gradient norm {step.grad_norm:.3f}; the routers "
-        f"replayed {step.forwards} forwards and {step.recomputes} recomputes"
+        f"policy step: loss {step.loss:+.1e}, gradient norm {step.grad_norm:.3f}; "
+        f"{step.forwards} router calls and their {step.recomputes} recomputes used the rollout's "
+        "experts, and every gate got a gradient"
     )
     return _report(layout, samples, {"native": native, "replayed": replayed, "self": again}, out)
 
