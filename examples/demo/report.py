@@ -63,6 +63,11 @@ class Report:
                 found.append(f"replay did not lower {key} ({native:.2e} to {replayed:.2e})")
         return found
 
+    @property
+    def exit_status(self) -> int:
+        """0 for a success, 1 otherwise."""
+        return 1 if self.failures() else 0
+
     def verdict(self) -> str:
         """Say in one sentence what replay changed, or what went wrong."""
         if failures := self.failures():

@@ -74,9 +74,8 @@ def run(
     report.write(out)
     console.print(report.table())
     console.print(f"{out}/report.md, report.json and report.png hold the rest.")
-    failed = report.failures()
-    console.print(report.verdict(), style="bold red" if failed else "bold green")
-    return 1 if failed else 0
+    console.print(report.verdict(), style="bold red" if report.exit_status else "bold green")
+    return report.exit_status
 
 
 def _model(cache: Path, train_steps: int) -> Path:

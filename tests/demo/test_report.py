@@ -20,6 +20,7 @@ GOOD = Report(
 
 def test_a_run_in_which_replay_helps_is_a_success():
     assert GOOD.failures() == []
+    assert GOOD.exit_status == 0
     assert "5.0% of the tokens" in GOOD.verdict()
     assert "2.0 times smaller" in GOOD.verdict()
 
@@ -30,6 +31,7 @@ def test_a_measure_that_replay_does_not_lower_is_a_failure(key: str, value: floa
     report = replace(GOOD, replayed=replace(GOOD.replayed, **{key: value}))
     assert len(report.failures()) == 1
     assert key in report.failures()[0]
+    assert report.exit_status == 1
 
 
 def test_replay_that_changes_nothing_is_a_failure():
@@ -37,12 +39,15 @@ def test_replay_that_changes_nothing_is_a_failure():
 
 
 def test_a_missing_row_is_a_failure():
-    assert replace(GOOD, rows_missing=1).failures() == ["1 rows of routed experts did not arrive"]
+    report = replace(GOOD, rows_missing=1)
+    assert report.failures() == ["1 rows of routed experts did not arrive"]
+    assert report.exit_status == 1
 
 
 def test_a_replayed_router_that_used_other_experts_is_a_failure():
     report = replace(GOOD, replayed=replace(GOOD.replayed, router_mismatch=1e-5))
     assert len(report.failures()) == 1
+    assert report.exit_status == 1
 
 
 def test_json_holds_the_same_seven_keys_for_each_comparison(tmp_path: Path):
