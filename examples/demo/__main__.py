@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from examples import demo
+from shared_schema import RoutingSchemaError
 
 
 def main() -> int:
@@ -23,13 +24,13 @@ def main() -> int:
     # megatron-core tells at every import that it found no Transformer Engine and no Apex.
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
-    from examples.demo import steps  # takes seconds, which --help need not
-
     try:
+        from examples.demo import steps  # takes seconds, which --help need not
+
         return steps.run(
             options.out, options.prompts, options.max_tokens, options.train_steps, environment
         )
-    except demo.DemoError as error:
+    except (demo.DemoError, RoutingSchemaError) as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
