@@ -157,13 +157,13 @@ class PageStore:
         offset = positions - page_index * self.page_size
         wanted = positions >= self._floor[slots]
         pages = self._table[slots, page_index]
-        missing = wanted & (pages == _NOWHERE)
-        if missing.any():
+        missing = (wanted & (pages == _NOWHERE)).nonzero()[0]
+        if len(missing):
             pages[missing] = self._new_pages_at(slots[missing], page_index[missing])
         pages *= wanted
         self._pool[pages, offset] = ids
         self._status[pages, offset] = status
-        last = np.flatnonzero((offset == self.page_size - 1) & (pages != _NOWHERE))
+        last = (offset == self.page_size - 1).nonzero()[0]
         if len(last):
             self._publish(slots[last], page_index[last])
 
@@ -249,20 +249,24 @@ class PageStore:
     ) -> Int[np.ndarray, " n"]:
         """Give requests the pages that n rows need; returns the page of each row."""
         width = self._table.shape[1]
-        places, row_of = np.unique(slots * width + page_index, return_inverse=True)
-        pages = np.array(self._new_pages(len(places)), np.int64)
-        self._table.reshape(-1)[places] = pages
-        self.rows_dropped += int((pages[row_of] == _NOWHERE).sum())
-        return pages[row_of]
+        places = slots * width + page_index
+        first = np.ones(len(places), bool)  # rows of one page follow each other
+        np.not_equal(places[1:], places[:-1], out=first[1:])
+        pages = self._new_pages(int(np.count_nonzero(first)))
+        self._table.reshape(-1)[places[first]] = pages
+        page_of_row: Int[np.ndarray, " n"] = pages[np.cumsum(first) - 1]
+        self.rows_dropped += len(places) - int(np.count_nonzero(page_of_row))
+        return page_of_row
 
-    def _new_pages(self, count: int) -> list[int]:
+    def _new_pages(self, count: int) -> Int[np.ndarray, " count"]:
         """Pages whose rows read as lost, each referenced once; 0 for those without room."""
         from_free = max(0, len(self._free_pages) - count)
-        pages = self._free_pages[from_free:]
+        found = self._free_pages[from_free:]
         del self._free_pages[from_free:]
-        while len(pages) < count:
-            pages.append(self._find_page())
-        taken = [page for page in pages if page != _NOWHERE]
+        while len(found) < count:
+            found.append(self._find_page())
+        pages = np.array(found, np.int64)
+        taken = pages[pages != _NOWHERE]
         self._status[taken] = RowStatus.STEP_LOST
         self._references[taken] = 1
         return pages
@@ -302,7 +306,7 @@ class PageStore:
             return True
         if source in self._unreferenced:
             self._unreferenced.move_to_end(source)  # the page it is copied to shall be another
-        page = int(self._table[hit.slot, hit.page_index]) or self._new_pages(1)[0]
+        page = int(self._table[hit.slot, hit.page_index]) or int(self._new_pages(1)[0])
         self._table[hit.slot, hit.page_index] = page
         self._pool[page, :num_rows] = self._pool[source, :num_rows]
         self._status[page, :num_rows] = self._status[source, :num_rows]
@@ -312,7 +316,8 @@ class PageStore:
         """Publish pages that their request fed completely in the current generation."""
         pages = self._table[slots, page_index]
         complete = (
-            (page_index * self.page_size >= self._floor[slots])
+            (pages != _NOWHERE)
+            & (page_index * self.page_size >= self._floor[slots])
             & (self._slot_generation[slots] == self._generation)
             & ~self._status[pages].any(1)
         )
