@@ -143,8 +143,9 @@ class RouterHook:
 
     @staticmethod
     def _slots(blocks: np.ndarray, positions: np.ndarray, block_size: int) -> np.ndarray:
-        block: np.ndarray = blocks[positions // block_size].astype(np.int64)
-        return block * block_size + positions % block_size
+        slots: np.ndarray = blocks[positions // block_size].astype(np.int64) * block_size
+        slots += positions % block_size
+        return slots
 
     def expected(self, request: str, tokens: Sequence[int]) -> tuple[np.ndarray, int]:
         """The rows [T-1, L_moe, k] of a request's final `tokens`: the first that were emitted.
