@@ -119,7 +119,7 @@ def serve_rounds(connection: Any, model: str, capture: bool, settings: dict[str,
 
 def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
     """Run all rounds; returns the result without surroundings."""
-    from tqdm import tqdm
+    from rich.progress import track
 
     settings = {
         "skip_tokenizer_init": True,
@@ -130,7 +130,7 @@ def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
     }
     spawn = mp.get_context("spawn")
     connections, processes = {}, []
-    for name in tqdm(ENGINES, desc="engine starts"):
+    for name in track(ENGINES, "engine starts"):
         connections[name], theirs = spawn.Pipe()
         process = spawn.Process(
             target=serve_rounds, args=(theirs, model, name == "on", settings), daemon=True
@@ -142,7 +142,7 @@ def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     rates: dict[str, list[float]] = {name: [] for name in ENGINES}
     shares = []
-    for number in tqdm(range(args.warm_up + args.rounds), desc="rounds"):
+    for number in track(range(args.warm_up + args.rounds), "rounds"):
         prompts = rng.integers(10, 2000, (args.requests, args.prompt_tokens)).tolist()
         for name in np.roll(ENGINES, number).tolist():
             connections[name].send((prompts, args.output_tokens))

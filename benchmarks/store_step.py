@@ -274,7 +274,7 @@ def _initialize_process_groups(folder: Path) -> None:
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run the steps; returns the result without surroundings."""
     import torch
-    from tqdm import tqdm
+    from rich.progress import track
     from vllm.config import set_current_vllm_config
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
@@ -299,6 +299,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
         worker = Worker(vllm_config, clock, native_routers)
         worker.load_model()
+        assert worker._r3_capturer is not None
         layout = worker._r3_capturer.layout
         scheduler = _scheduler(vllm_config, kv_cache_config, layout, clock)
         requests = _add_requests(scheduler, args.requests)
@@ -320,7 +321,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         while any(not request.num_output_tokens for request in requests):
             step()
         ours, natives = [], []
-        for number in tqdm(range(args.warm_up + args.steps), desc="decode steps"):
+        for number in track(range(args.warm_up + args.steps), "decode steps"):
             clock.lap(), native.clock.lap()
             native_rows, num_tokens = step()
             assert num_tokens == len(requests), "a step did not decode every request once"
