@@ -15,8 +15,10 @@ def gloo_2() -> Iterator[GlooPool]:
 
 
 @pytest.fixture(scope="session")
-def _one_process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _groups_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Made once: Megatron never ends a gloo group, and each has three threads."""
     import torch
+    from megatron.core import parallel_state
 
     from megatron_r3 import cpu
 
@@ -25,22 +27,18 @@ def _one_process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=0, world_size=1
     )
+    parallel_state.initialize_model_parallel()
     yield
+    parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture
-def world_of_one(_one_process_group: None) -> Iterator[None]:
+def world_of_one(_groups_of_one: None) -> None:
     """This process as the only rank: gloo, model-parallel groups, CPU switch, seeded."""
-    from megatron.core import parallel_state
-
     from megatron_r3 import cpu
 
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel()
     cpu.seed(1)
-    yield
-    parallel_state.destroy_model_parallel()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """A pool of gloo processes that run test functions under any parallel layout of Megatron."""
 
 import faulthandler
+import gc
 import multiprocessing
 import pickle
 import tempfile
@@ -131,3 +132,4 @@ def _answer(task: bytes, rank: int) -> tuple[Any, str | None]:
         parallel_state.destroy_model_parallel()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        gc.collect()  # models hold groups in cycles, and each group holds threads
