@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from shared_schema import RoutingLayout, RowStatus
-from vllm_r3_plugin.step_rows import capture_dtype, step_status
+from shared_schema import RoutingLayout
 
 CaptureFn = Callable[[torch.Tensor], None]
 
@@ -42,6 +41,16 @@ class LayerCapture:
             self.then(topk_ids)
 
 
+def capture_dtype(num_experts: int, top_k: int) -> np.dtype[Any]:
+    """The dtype in which ids are captured: the narrowest in which no choice looks unwritten.
+
+    Where a token has several experts, all of them equal to the largest value is no choice, so 256
+    experts fit uint8; with one expert the largest value must not be an id.
+    """
+    largest_id = num_experts - 1 if top_k > 1 else num_experts
+    return np.dtype(np.uint8 if largest_id < 256 else np.uint16)
+
+
 class RoutingCapturer:
     """Capture buffer ``[max_tokens, L, k]`` of one worker.
 
@@ -61,6 +70,7 @@ class RoutingCapturer:
         self._torch_fill = self._fill if dtype is torch.uint8 else -1
         shape = (max_tokens, layout.num_moe_layers, layout.top_k)
         self._buffer = torch.full(shape, self._torch_fill, dtype=dtype, device=device)
+        self._host_buffer = self._buffer.numpy() if device.type == "cpu" else None
 
     def bind(self, sources: list[RouterSource]) -> None:
         """Listen to every router; what listened before still hears it. May be called again."""
@@ -69,26 +79,33 @@ class RoutingCapturer:
             source.attach(LayerCapture(column, None))
 
     def arm(self, num_tokens: int) -> None:
-        """Before a forward over ``num_tokens``: make rows that no router writes recognisable."""
-        self._buffer[0] = self._torch_fill
-        self._buffer[num_tokens - 1] = self._torch_fill
+        """Before a forward over ``num_tokens``: mark the last row, until a router writes it."""
+        # numpy where it can: between two forwards a torch operation costs ten times as much.
+        buffer = self._buffer if self._host_buffer is None else self._host_buffer
+        buffer[num_tokens - 1] = self._torch_fill
 
-    def copy_rows(self, num_tokens: int) -> torch.Tensor:
-        """The step's rows on the host; on an accelerator the copy is ordered, not awaited."""
-        return copy_to_host(self._buffer[:num_tokens])
+    def copy_rows(self, num_tokens: int) -> np.ndarray[Any, Any]:
+        """``[N, L, k]`` ids of the step; on an accelerator the copy is ordered, not awaited."""
+        ids: np.ndarray[Any, Any] = copy_to_host(self._buffer[:num_tokens])
+        return ids.view(self._dtype)
 
-    def finish(self, rows: torch.Tensor) -> tuple[np.ndarray[Any, Any], RowStatus, str]:
-        """``[N, L, k]`` ids from what :meth:`copy_rows` returned, and what they are worth."""
-        ids = rows.numpy().view(self._dtype)
-        return ids, *step_status(ids, self.layout.num_experts, self._fill)
+    def unreported_layers(self, ids: np.ndarray[Any, Any]) -> list[int]:
+        """MoE layers, numbered from 0, whose router did not report for the whole step.
+
+        ``ids`` are those of :meth:`copy_rows`, once they have arrived. A router writes the rows of
+        all tokens at once; where it did not run, or ran on fewer, the last row is as armed.
+        """
+        unwritten = (ids[-1] == self._fill).all(-1)
+        return [int(layer) for layer in unwritten.nonzero()[0]] if unwritten.any() else []
 
 
-def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
+def copy_to_host(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """Copy to (pinned) host memory, in the order of the current stream, without waiting."""
     if tensor.device.type == "cpu":
-        return tensor.clone()
+        return np.array(tensor.numpy())
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
+    host.copy_(tensor, non_blocking=True)
+    return np.asarray(host.numpy())
 
 
 def find_routers(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 logger = logging.getLogger("vllm.moe_r3")
 """A child of vLLM's logger, so that messages appear where vLLM's own do."""
@@ -28,22 +27,43 @@ class Journal:
         if self.counts[event] == number:
             logger.warning("moe-r3: %s (logged once; counted as %r)", message, event)
 
-    @contextmanager
-    def guard(self, place: str) -> Iterator[None]:
-        """Turn an exception in our bookkeeping into a counted event: rows are lost, nothing else.
+    def guard(self, place: str) -> Guard:
+        """A context in which an exception is a counted event: rows are lost, nothing else.
 
-        ``place`` names what was being done.
+        ``place`` names what is being done.
         """
-        try:
-            yield
-        except Exception as error:
-            self.note(
-                f"error while {place}: {type(error).__name__}",
-                f"routing was lost while {place}: {type(error).__name__}: {error}",
-            )
-            logger.debug("moe-r3: while %s", place, exc_info=True)
+        return Guard(self, place)
 
     def report(self) -> None:
         """Log all counts, at shutdown."""
         if self.counts:
             logger.info("moe-r3: %s", ", ".join(f"{k}: {n}" for k, n in self.counts.items()))
+
+
+class Guard:
+    """What :meth:`Journal.guard` returns; a class, since it is entered several times a step."""
+
+    __slots__ = ("_journal", "_place")
+
+    def __init__(self, journal: Journal, place: str) -> None:
+        self._journal = journal
+        self._place = place
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        name = type(error).__name__
+        self._journal.note(
+            f"error while {self._place}: {name}",
+            f"routing was lost while {self._place}: {name}: {error}",
+        )
+        logger.debug("moe-r3: while %s", self._place, exc_info=error)
+        return True

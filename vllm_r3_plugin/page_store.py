@@ -54,8 +54,8 @@ class PageStore:
         max_tokens: longest sequence.
         cached_pages: pages kept in all before unreferenced ones are given up.
         max_pages: pages at most. Beyond it new rows are dropped and read back as unrecorded.
-        serves_hits: whether later hits on a key will use the KV block that this request, with the
-            page of this index, computed. Two requests may compute the same block; hits use one.
+        serves_hits: asked when a second request has computed the block of a key, with the request
+            and the index of its page: whether later hits will use that one.
 
     """
 
@@ -198,6 +198,9 @@ class PageStore:
             num_kept = max(0, min(stop, len(kept[1])) - start)
             ids[:num_kept] = kept[0][start : start + num_kept]
             flat_status[:num_kept] = kept[1][start : start + num_kept]
+        if ids.size and self.layout.num_experts <= ids.max():
+            beyond = (ids >= self.layout.num_experts).any((1, 2))
+            flat_status[beyond & (flat_status == RowStatus.RECORDED)] = RowStatus.INVALID
         if flat_status.any():
             ids[flat_status != RowStatus.RECORDED] = self.layout.fill_id
         return ids, flat_status
@@ -263,6 +266,9 @@ class PageStore:
         from_free = max(0, len(self._free_pages) - count)
         found = self._free_pages[from_free:]
         del self._free_pages[from_free:]
+        unused = min(count - len(found), max(0, self._soft_limit + 1 - self._next_page))
+        found += range(self._next_page, self._next_page + unused)
+        self._next_page += unused
         while len(found) < count:
             found.append(self._find_page())
         pages = np.array(found, np.int64)
@@ -272,8 +278,8 @@ class PageStore:
         return pages
 
     def _find_page(self) -> int:
-        """A page for which the free ones do not suffice, or 0."""
-        if self._next_page > self._soft_limit and self._unreferenced:
+        """A page beyond those kept for hits, the least recently used of which is given up, or 0."""
+        if self._unreferenced:
             page, _ = self._unreferenced.popitem(last=False)
             del self._page_of_key[self._key_of_page.pop(page)]
             return page
@@ -321,6 +327,7 @@ class PageStore:
             & (self._slot_generation[slots] == self._generation)
             & ~self._status[pages].any(1)
         )
+        page_of_key, key_of_page = self._page_of_key, self._key_of_page
         for slot, index, page in zip(
             slots[complete].tolist(),
             page_index[complete].tolist(),
@@ -328,20 +335,19 @@ class PageStore:
             strict=True,
         ):
             keys = self._keys[slot]
-            if index < len(keys) and page not in self._key_of_page:
-                key = keys[index]
-                if self._serves_hits(self._request_of[slot], index, key):
-                    self._publish_as(key, page)
-
-    def _publish_as(self, key: Hashable, page: int) -> None:
-        older = self._page_of_key.get(key)
-        if older is not None:
-            del self._key_of_page[older]
-            if older in self._unreferenced:
-                del self._unreferenced[older]
-                self._free_pages.append(older)
-        self._page_of_key[key] = page
-        self._key_of_page[page] = key
+            if index >= len(keys) or page in key_of_page:
+                continue
+            key = keys[index]
+            older = page_of_key.get(key)
+            if older is not None:
+                if not self._serves_hits(self._request_of[slot], index, key):
+                    continue
+                del key_of_page[older]
+                if older in self._unreferenced:
+                    del self._unreferenced[older]
+                    self._free_pages.append(older)
+            page_of_key[key] = page
+            key_of_page[page] = key
 
     def _truncate(self, slot: int, stop: int) -> None:
         """Forget rows from position ``stop`` on."""

@@ -18,13 +18,15 @@ class RunnerBatch(NamedTuple):
     """``[N]`` on the device: what the forward used, also where the host only guesses."""
 
 
-def batch_of(runner: Any) -> RunnerBatch:
-    """Read the batch of a V1 or V2 model runner, after ``execute_model`` and before sampling."""
+def batch_of(runner: Any, num_rows: int) -> RunnerBatch:
+    """Read a V1 or V2 runner's batch of ``num_rows`` tokens, after its forward, before sampling."""
     state = getattr(runner, "execute_model_state", None)
     batch = getattr(state, "input_batch", None)
     if batch is not None:  # V2
-        num_tokens = np.array(batch.num_scheduled_tokens[: batch.num_reqs], np.int64)
-        return RunnerBatch(list(batch.req_ids), num_tokens, batch.positions[: num_tokens.sum()])
-    batch = runner.input_batch
-    num_tokens = runner.num_scheduled_tokens.np[: batch.num_reqs].astype(np.int64)
-    return RunnerBatch(list(batch.req_ids), num_tokens, runner.positions[: num_tokens.sum()])
+        num_tokens = np.array(batch.num_scheduled_tokens[: batch.num_reqs])
+        positions = batch.positions
+    else:
+        batch = runner.input_batch
+        num_tokens = runner.num_scheduled_tokens.np[: batch.num_reqs].copy()
+        positions = runner.positions
+    return RunnerBatch(list(batch.req_ids), num_tokens, positions[:num_rows])

@@ -70,6 +70,9 @@ class RoutingScheduler:
         super().__init__(*args, **kwargs)
         self.r3_journal = Journal()
         self.r3_store = _build_store(self, r3_layout)
+        kv_managers = self.kv_cache_manager.coordinator.single_type_managers
+        self._r3_kv_blocks_of = kv_managers[0].req_to_blocks if len(kv_managers) == 1 else {}
+        self._r3_cached_kv_block = self.kv_cache_manager.block_pool.get_cached_block
         self._r3_tracked: dict[str, TrackedRequest] = {}
         self._r3_riding: set[str] = set()
         self._r3_dropping: set[str] = set()
@@ -170,11 +173,11 @@ class RoutingScheduler:
         first. A request that has just lost its blocks gets the benefit of the doubt, and so do
         models with several kinds of KV cache, whose blocks have other sizes.
         """
-        blocks = self.kv_cache_manager.get_blocks(request_id).blocks
-        if len(blocks) != 1 or index >= len(blocks[0]):
+        blocks = self._r3_kv_blocks_of.get(request_id, ())
+        if index >= len(blocks):
             return True
-        cached = self.kv_cache_manager.block_pool.get_cached_block(block_hash, [0])
-        return cached is None or cached[0] is blocks[0][index]
+        cached = self._r3_cached_kv_block(block_hash, [0])
+        return cached is None or cached[0] is blocks[index]
 
     # --- following requests ------------------------------------------------------------------
 

@@ -176,10 +176,18 @@ SEAMS = (
         ),
     ),
     Seam(
-        "vllm.v1.core.kv_cache_manager:KVCacheManager.get_blocks",
-        "called, with block_pool of the manager",
+        "vllm.v1.core.kv_cache_manager:KVCacheManager",
+        "read",
         "tells which of two equal KV blocks later prefix-cache hits will use",
         _UPSTREAM,
+        ("block_pool", "coordinator"),
+    ),
+    Seam(
+        "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager",
+        "read, from single_type_managers of the coordinator",
+        "tells which of two equal KV blocks later prefix-cache hits will use",
+        _UPSTREAM,
+        ("req_to_blocks",),
     ),
     Seam(
         "vllm.v1.core.block_pool:BlockPool.get_cached_block",

@@ -29,7 +29,7 @@ class PendingRows:
         self._capturer = capturer
         self._journal = journal
         num_tokens = len(batch.positions)
-        self._rows = capturer.copy_rows(num_tokens)
+        self._ids = capturer.copy_rows(num_tokens)
         self._positions = copy_to_host(batch.positions)
         self._copied = None
         if batch.positions.device.type != "cpu":
@@ -37,14 +37,20 @@ class PendingRows:
             self._copied.record()
 
     def finish(self) -> StepRows:
-        """Wait for the copy and judge the rows."""
+        """Wait for the copy, and see whether every router reported."""
         if self._copied is not None:
             self._copied.synchronize()
-        ids, status, problem = self._capturer.finish(self._rows)
-        if status != RowStatus.RECORDED:
-            self._journal.note(status.name, f"a step's routing is unusable: {problem}")
+        status = RowStatus.RECORDED
+        layers = self._capturer.unreported_layers(self._ids)
+        if layers:
+            status = RowStatus.CAPTURE_FAILED
+            self._journal.note(
+                status.name,
+                f"a step's routing is unusable: the routers of MoE layers number {layers} did not "
+                "report",
+            )
         batch = self._batch
-        return StepRows(batch.request_ids, batch.num_tokens, self._positions.numpy(), ids, status)
+        return StepRows(batch.request_ids, batch.num_tokens, self._positions, self._ids, status)
 
 
 def attach_rows(output: Any, rows: StepRows) -> None:
@@ -86,7 +92,7 @@ class RoutingCaptureWorker:
             capturer.arm(num_tokens)
         output = super().execute_model(scheduler_output)  # type: ignore[misc]
         with self._r3_journal.guard("taking a snapshot"):
-            batch = batch_of(self.model_runner)
+            batch = batch_of(self.model_runner, num_tokens)
             self._r3_pending = PendingRows(batch, capturer, self._r3_journal)
         return self._r3_send(output)
 

@@ -84,6 +84,16 @@ def test_an_unusable_step_keeps_its_reason():
     assert statuses(store, "a", 0, 5) == ["CAPTURE_FAILED"] * 5
 
 
+def test_an_id_that_is_no_expert_costs_its_row_alone():
+    store = make_store()
+    store.admit("a", 0, [])
+    ids = rows_for(1, range(3))
+    ids[1, 0, 2] = LAYOUT.num_experts
+    store.write(["a"], np.array([3]), np.arange(3), ids)
+    assert tags(store, "a", 0, 3) == [1, None, 1]
+    assert statuses(store, "a", 0, 3) == ["RECORDED", "INVALID", "RECORDED"]
+
+
 def test_a_hit_shares_the_rows_of_the_request_that_computed_them():
     store = make_store()
     store.admit("a", 0, [b"k0", b"k1"])
@@ -258,13 +268,14 @@ def test_the_newest_rows_are_published_when_a_block_is_computed_again():
     assert store.num_pages == 1
 
 
-def test_a_block_computed_twice_keeps_the_rows_of_the_one_that_hits_will_use():
-    store = PageStore(LAYOUT, SIZE, 64, 64, 64, lambda request, index, key: request == "a")
+@pytest.mark.parametrize("second_serves", [True, False])
+def test_a_block_computed_twice_has_the_rows_of_the_one_that_hits_will_use(second_serves):
+    store = PageStore(LAYOUT, SIZE, 64, 64, 64, lambda request, index, key: second_serves)
     for tag, request in enumerate("ab"):
         store.admit(request, 0, [b"k0"])
         feed(store, (request, tag, 0, 4))
     store.admit("c", 4, [b"k0"])
-    assert tags(store, "c", 0, 4) == [0] * 4
+    assert tags(store, "c", 0, 4) == [int(second_serves)] * 4
     assert tags(store, "b", 0, 4) == [1] * 4
 
 
