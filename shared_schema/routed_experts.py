@@ -225,7 +225,7 @@ def check_ids_array(ids: Any, layout: RoutingLayout) -> Int[np.ndarray, "T L k"]
     """Return ``ids`` if it is an integer array ``[T, L, k]`` of this layout, or raise."""
     if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
         raise RoutingSchemaError(
-            f"ids is {_describe(ids)}, expected an integer numpy array [tokens, "
+            f"ids is {describe(ids)}, expected an integer numpy array [tokens, "
             f"{layout.num_moe_layers} MoE layers, {layout.top_k}]: convert it first."
         )
     if ids.ndim != 3 or ids.shape[1:] != (layout.num_moe_layers, layout.top_k):
@@ -244,7 +244,7 @@ def check_status(status: Any, num_rows: int) -> UInt8[np.ndarray, " T"]:
     array = np.asarray(status)
     if array.shape != (num_rows,) or array.dtype.kind not in "iub":
         raise RoutingSchemaError(
-            f"status is {_describe(status)}, expected {num_rows} RowStatus values: give one for "
+            f"status is {describe(status)}, expected {num_rows} RowStatus values: give one for "
             "each row."
         )
     if num_rows and not 0 <= int(array.min()) <= int(array.max()) <= max(RowStatus):
@@ -351,7 +351,8 @@ def joined_spans(spans: Iterable[Span]) -> tuple[Span, ...]:
     return tuple(joined)
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """What ``value`` is, for messages."""
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if shape is None:
         return f"a {type(value).__name__}"

@@ -70,7 +70,7 @@ def test_shifted_layers_are_noticed():
         ("not base64!", "cut off or altered"),
         (npy_base64(to_vllm_native(ROUTED))[:-40], "cut off or altered"),
         (npy_base64(np.array([{"a": 1}], dtype=object)), "cut off or altered"),
-        (npy_base64(np.zeros((3, 3, 2), np.uint8)), "expected integers .rows, 4 hidden layers"),
+        (npy_base64(np.zeros((3, 3, 2), np.uint8)), "3 layers, expected 4"),
         (npy_base64(np.zeros((3, 4, 2), np.uint8)), r"\[0, 0\], expected 2 distinct"),
     ],
 )
