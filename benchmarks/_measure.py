@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,33 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
     medians = np.median(rng.choice(np.asarray(values), (4000, len(values))), axis=1)
     low, high = np.quantile(medians, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def interleaved(
+    arms: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Call every arm once a round, in a rotating order.
+
+    Returns:
+        for each arm what it returned in the rounds after ``warm_up``, ``[rounds, ...]``.
+
+    """
+    from rich.progress import track
+
+    names = list(arms)
+    returned: dict[str, list[Any]] = {name: [] for name in names}
+    for number in track(range(warm_up + rounds), "rounds"):
+        for name in np.roll(names, number).tolist():
+            result = arms[name]()
+            if number >= warm_up:
+                returned[name].append(result)
+    return {name: np.asarray(values) for name, values in returned.items()}
+
+
+def paired_ratio(ours: Any, theirs: Any) -> tuple[float, tuple[float, float]]:
+    """Median of the ratios of paired rounds ``[rounds]``, and its interval."""
+    ratios = np.asarray(ours) / np.asarray(theirs)
+    return float(np.median(ratios)), median_interval(ratios)
 
 
 def finish(result: dict[str, Any]) -> None:
