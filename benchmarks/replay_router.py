@@ -50,7 +50,7 @@ SAMPLES = 2
 class OperationCount(TorchDispatchMode):
     """Counts ATen operations, views too."""
 
-    calls = 0
+    calls: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
@@ -59,7 +59,8 @@ class OperationCount(TorchDispatchMode):
 
 def operations(function: Callable[[], Any]) -> int:
     """ATen operations of one call."""
-    with OperationCount() as count:
+    count = OperationCount()
+    with count:
         function()
     return count.calls
 
