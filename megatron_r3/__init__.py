@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from megatron_r3.frames import RowCounts as RowCounts
     from megatron_r3.layout_plan import LayoutPlan as LayoutPlan
     from megatron_r3.layout_plan import Shard as Shard
+    from megatron_r3.metrics import LayerMetrics as LayerMetrics
+    from megatron_r3.metrics import ReplayMetrics as ReplayMetrics
     from megatron_r3.router import ReplayTopKRouter as ReplayTopKRouter
     from megatron_r3.schedule import Schedule as Schedule
     from megatron_r3.schedule import ScheduleReport as ScheduleReport
@@ -53,6 +55,7 @@ _HOMES = {
     ),
     "frames": ("RowCounts",),
     "layout_plan": ("LayoutPlan", "Shard"),
+    "metrics": ("LayerMetrics", "ReplayMetrics"),
     "router": ("ReplayTopKRouter",),
     "schedule": ("Schedule", "ScheduleReport"),
 }
@@ -63,8 +66,10 @@ __all__ = [
     "Controller",
     "InvalidExpertsError",
     "InvalidRoutesError",
+    "LayerMetrics",
     "LayoutMismatchError",
     "LayoutPlan",
+    "ReplayMetrics",
     "ReplayStateError",
     "ReplayTopKRouter",
     "RoutingReplayError",

@@ -14,7 +14,9 @@ from megatron.core.transformer.moe.router import Router, TopKRouter
 from megatron_r3.attach_report import AttachedRouter, AttachReport
 from megatron_r3.controller import Controller, ModelChunk, unwrapped
 from megatron_r3.errors import LayoutMismatchError, ReplayStateError, UnsupportedRouterError
+from megatron_r3.groups import groups_of
 from megatron_r3.layout_plan import WHOLE, Shard
+from megatron_r3.policies import AuxLoss, BiasCounts, Padding, Policies
 from megatron_r3.refusals import REFUSALS, Refusal, refusals_of
 from megatron_r3.router import ReplayTopKRouter, make_replaying, restore_routers, unfuse
 from shared_schema import RoutingLayout
@@ -56,6 +58,9 @@ def attach(
     layout: RoutingLayout | None = None,
     accept: Collection[str] = (),
     agreement_every: int = 16,
+    padding: Padding = "native",
+    aux_loss: AuxLoss = "live",
+    bias_counts: BiasCounts = "all",
 ) -> Controller:
     """Make every router of the model replay, and return the controller that feeds them.
 
@@ -69,6 +74,13 @@ def attach(
         accept: names of refusals to go on with, each explained in the error that names it.
         agreement_every: compare replayed with native routing in every so many micro-batches, since
             replay hides router bugs; it costs a second top-k there. 0 switches it off.
+        padding: how padding rows route in a replay: ``"native"``, or ``"spread"`` evenly over all
+            experts, which costs no top-k.
+        aux_loss: which experts the auxiliary load-balancing loss counts in a replay: those that
+            the router would choose now (``"live"``, as Megatron does), the ``"replayed"`` ones, or
+            none (``"off"``, no such loss). Its probabilities are live in any case.
+        bias_counts: which rows the expert bias counts in a replay, by the experts that they used:
+            ``"all"`` (as Megatron does), ``"tokens"`` without padding, or ``"replayed"`` ones only.
 
     Raises:
         UnsupportedRouterError: a router that cannot be replayed as it is configured.
@@ -77,6 +89,7 @@ def attach(
 
     """
     chunks = [model_chunks] if isinstance(model_chunks, torch.nn.Module) else list(model_chunks)
+    policies = Policies(padding, aux_loss, bias_counts)
     unknown = set(accept) - {refusal.name for refusal in REFUSALS}
     if unknown:
         raise UnsupportedRouterError(
@@ -108,9 +121,10 @@ def attach(
             if any(refusal.name == "fused_router" for refusal in accepted):
                 unfuse(router)
         shard = _shard(named[0][1]) if named else WHOLE
-        model.append(ModelChunk(f"chunk {number}", chunk, handles, layers, shard))
+        model.append(ModelChunk(f"chunk {number}", chunk, handles, layers, shard, policies))
     report = AttachReport(layout, tuple(replayed), tuple(native))
-    return Controller(model, report, agreement_every)
+    groups = groups_of([router for _, router in chain(*routers)])
+    return Controller(model, report, agreement_every, policies, groups)
 
 
 def detach(model_chunks: Chunks) -> None:

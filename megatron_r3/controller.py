@@ -13,11 +13,13 @@ import torch
 from megatron_r3.attach_report import AttachReport
 from megatron_r3.errors import ReplayStateError, RowCountError
 from megatron_r3.frames import Frame
+from megatron_r3.groups import Groups
 from megatron_r3.layout_plan import LayoutPlan, Shard
+from megatron_r3.policies import Policies
 from megatron_r3.replay_handle import ReplayHandle
 from megatron_r3.router import restore_routers
 from megatron_r3.router_calls import ChunkCalls, Mode
-from megatron_r3.schedule import Schedule
+from megatron_r3.schedule import RecordedMicroBatch, Schedule
 from megatron_r3.validate import Routes, checked_routes
 from shared_schema import RoutingLayout
 
@@ -32,13 +34,14 @@ class ModelChunk:
         handles: Sequence[ReplayHandle],
         layers: Sequence[int],
         shard: Shard,
+        policies: Policies,
     ) -> None:
         self.layers = tuple(layers)
         self.shard = shard
         self.calls = ChunkCalls(name, [handle.layer_number for handle in handles])
         self._module = weakref.ref(unwrapped(module))
         for local, handle in enumerate(handles):
-            handle.bind(self.calls, local)
+            handle.bind(self.calls, local, policies)
 
     @property
     def module(self) -> torch.nn.Module | None:
@@ -52,14 +55,22 @@ class Controller:
     Attributes:
         report: the routers that were found.
         agreement_every: every so many micro-batches replayed routing is compared with native.
+        policies: what replay means for padding, auxiliary loss and expert bias.
 
     """
 
     def __init__(
-        self, chunks: Sequence[ModelChunk], report: AttachReport, agreement_every: int
+        self,
+        chunks: Sequence[ModelChunk],
+        report: AttachReport,
+        agreement_every: int,
+        policies: Policies,
+        groups: Groups,
     ) -> None:
         self.report = report
         self.agreement_every = agreement_every
+        self.policies = policies
+        self._groups = groups
         self._chunks = tuple(chunks)
 
     @property
@@ -78,7 +89,7 @@ class Controller:
             mode: ``"record"``, ``"replay"`` or ``"native"``.
 
         Yields:
-            the schedule, whose ``report`` and ``recorded()`` are there when it has ended.
+            the schedule, whose results are there when it has ended.
 
         Raises:
             ReplayStateError: one schedule inside another, or at the end frames that were not used
@@ -95,7 +106,7 @@ class Controller:
                 f"schedule({mode!r}) was opened inside another schedule, expected none or a "
                 "native one inside: close the other one first."
             )
-        run = Schedule(mode, self.layout)
+        run = Schedule(mode, self.layout, self._groups)
         for c in calls:
             c.open(mode)
         try:
@@ -111,7 +122,7 @@ class Controller:
     def feed(
         self,
         chunk: torch.nn.Module,
-        routes: Routes | None = None,
+        routes: Routes | RecordedMicroBatch | None = None,
         *,
         packed_seq_params: Any = None,
         host_lengths: Sequence[int] | None = None,
@@ -125,7 +136,9 @@ class Controller:
 
         Args:
             chunk: the model chunk that runs next, wrapped or not.
-            routes: routes of the micro-batch, one entry for each sample; none when recording.
+            routes: routes of the micro-batch, one entry for each sample; ``recording[n]`` to
+                repeat micro-batch n of a recording, for which nothing else is needed and nothing
+                moves; none when recording.
             packed_seq_params: of a packed (THD) micro-batch.
             host_lengths: tokens of each sample. Needed for a padded batch, and for a packed one
                 whose ``cu_seqlens`` lie on a GPU, since reading them would synchronise.
@@ -153,18 +166,34 @@ class Controller:
                 f"feed() got {'no routes' if routes is None else 'routes'} in schedule({mode!r}), "
                 "expected routes when replaying and none when recording: open the other schedule."
             )
-        if plan is None:
-            plan = _plan(packed_seq_params, host_lengths, seq_length, target.shard)
-        batch = None if routes is None else checked_routes(routes, self.layout, plan.lengths)
-        if not target.layers:
-            return
-        device = next(chunk.parameters()).device
         number = len(calls.frames)
-        if batch is None:
+        sample = self.agreement_every > 0 and number % self.agreement_every == 0
+        if plan is None and (packed_seq_params is not None or host_lengths is not None):
+            plan = _plan(packed_seq_params, host_lengths, seq_length, target.shard)
+        if isinstance(routes, RecordedMicroBatch):
+            recorded = routes.frame(self._chunks.index(target), target.layers, plan)
+            calls.push(Frame.to_repeat(recorded, number, sample, self.policies))
+            return
+        if plan is None:
+            raise RowCountError(
+                "feed() got neither host_lengths nor packed_seq_params, expected the tokens of "
+                "each sample: pass host_lengths=[...]."
+            )
+        device = next(chunk.parameters()).device
+        if routes is None:
             frame = Frame.to_record(plan, self.layout, target.layers, number, device)
         else:
-            sample = self.agreement_every > 0 and number % self.agreement_every == 0
-            frame = Frame.to_replay(batch, plan, target.layers, number, device, sample)
+            batch = checked_routes(routes, self.layout, plan.lengths)
+            frame = Frame.to_replay(
+                batch,
+                plan,
+                target.layers,
+                number,
+                device,
+                sample,
+                self.policies,
+                self._groups,
+            )
         calls.push(frame)
 
     def detach(self) -> None:
@@ -198,11 +227,7 @@ def _plan(
     shard: Shard,
 ) -> LayoutPlan:
     if packed_seq_params is None:
-        if host_lengths is None:
-            raise RowCountError(
-                "feed() got neither host_lengths nor packed_seq_params, expected the tokens of "
-                "each sample: pass host_lengths=[...]."
-            )
+        assert host_lengths is not None
         return LayoutPlan.padded(host_lengths, seq_length, shard=shard)
     padded = packed_seq_params.cu_seqlens_q_padded
     rooms = _host_lengths(packed_seq_params.cu_seqlens_q if padded is None else padded)

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt, UInt8
+from jaxtyping import UInt8
 
+from megatron_r3.groups import Groups
 from megatron_r3.layout_plan import NO_ROW, PADDING, LayoutPlan, scatter
+from megatron_r3.policies import Policies, spread_experts
 from shared_schema import RoutedExpertsBatch, RoutingLayout
 
 
@@ -22,7 +24,7 @@ class RowKind(IntEnum):
     UNRECORDED = 1
     """A token that routes natively: the routes mark it so, or have no row for it."""
     PADDING = 2
-    """No token; routes natively too."""
+    """No token; routes natively or by the policy for padding."""
     RECORDED = 3
     """A token that routes natively and whose choice is kept."""
 
@@ -59,10 +61,14 @@ class Frame:
         kinds: ``[T]`` a :class:`RowKind` for each row, on the host.
         native_rows: ``[N]`` int64 on the device, the rows that route natively; ``None`` where all
             do (recording).
+        uncounted_rows: ``[N]`` int64 on the device, the rows that the expert bias leaves out;
+            ``None`` where it counts all.
         plan: what each row is.
         micro_batch: its number in the schedule, for messages.
-        agreement: ``[L_local]`` slots of replayed rows that the router would have chosen itself;
-            ``None`` where this micro-batch is not sampled.
+        agreement: ``[L_local, 3]`` float64 sums over replayed rows, see
+            :func:`~megatron_r3.metrics.sample_agreement`; ``None`` where this micro-batch is not
+            sampled.
+        replayed: ``[T]`` bool on the device, True for replayed rows; only where sampled.
         forwards: how often each local router used it in a forward.
         recomputes: how often each local router used it in a recompute.
 
@@ -73,7 +79,9 @@ class Frame:
     native_rows: torch.Tensor | None
     plan: LayoutPlan
     micro_batch: int
+    uncounted_rows: torch.Tensor | None = None
     agreement: torch.Tensor | None = None
+    replayed: torch.Tensor | None = None
     forwards: list[int] = field(init=False)
     recomputes: list[int] = field(init=False)
 
@@ -109,6 +117,8 @@ class Frame:
         micro_batch: int,
         device: torch.device,
         sample_agreement: bool,
+        policies: Policies,
+        groups: Groups,
     ) -> Frame:
         """Bring validated routes into the routers' order and onto their device.
 
@@ -119,6 +129,8 @@ class Frame:
             micro_batch: its number in the schedule.
             device: the routers' device.
             sample_agreement: whether to compare with the routers' own choice.
+            policies: for padding and for the expert bias.
+            groups: over whose expert-parallel ranks padding is spread.
 
         """
         assert routes.token_starts is not None  # filled in by the schema
@@ -128,15 +140,56 @@ class Frame:
         kinds[source == PADDING] = RowKind.PADDING
         held = np.flatnonzero(source >= 0)
         kinds[held[~routes.recorded[source[held]]]] = RowKind.UNRECORDED
-        agreement = torch.zeros(len(layers), dtype=torch.int64, device=device)
-        return cls(
-            ids=_to_device(scatter(routes.values, source, layers, routes.layout.fill_id), device),
+        ids = scatter(routes.values, source, layers, routes.layout.fill_id)
+        native = kinds != RowKind.REPLAYED
+        if policies.padding == "spread":
+            padding = np.flatnonzero(kinds == RowKind.PADDING)
+            ids[:, padding] = spread_experts(
+                len(padding),
+                layers,
+                routes.layout.num_experts,
+                routes.layout.top_k,
+                groups.ep_size,
+                groups.ep_rank,
+            )
+            native[padding] = False
+        frame = cls(
+            ids=_to_device(ids, device),
             kinds=kinds,
-            native_rows=_to_device(np.flatnonzero(kinds), device),
+            native_rows=_to_device(np.flatnonzero(native), device),
             plan=plan,
             micro_batch=micro_batch,
-            agreement=agreement if sample_agreement else None,
         )
+        frame._follow(policies, sample_agreement)
+        return frame
+
+    @classmethod
+    def to_repeat(
+        cls, recorded: Frame, micro_batch: int, sample_agreement: bool, policies: Policies
+    ) -> Frame:
+        """Replay a recorded micro-batch, padding too, from the ids that are on the device."""
+        padding = recorded.kinds == RowKind.PADDING
+        frame = cls(
+            ids=recorded.ids,
+            kinds=np.where(padding, RowKind.PADDING, RowKind.REPLAYED).astype(np.uint8),
+            native_rows=torch.empty(0, dtype=torch.int64, device=recorded.ids.device),
+            plan=recorded.plan,
+            micro_batch=micro_batch,
+        )
+        frame._follow(policies, sample_agreement)
+        return frame
+
+    def _follow(self, policies: Policies, sample_agreement: bool) -> None:
+        device = self.ids.device
+        replayed = self.kinds == RowKind.REPLAYED
+        if policies.bias_counts != "all":
+            left_out = self.kinds == RowKind.PADDING
+            if policies.bias_counts == "replayed":
+                left_out = ~replayed
+            self.uncounted_rows = _to_device(np.flatnonzero(left_out), device)
+        if sample_agreement:
+            self.replayed = _to_device(replayed, device)
+            self.agreement = torch.zeros(len(self.ids), 3, dtype=torch.float64, device=device)
 
     @property
     def num_rows(self) -> int:
@@ -147,10 +200,6 @@ class Frame:
     def counts(self) -> RowCounts:
         """Rows by kind."""
         return RowCounts(*np.bincount(self.kinds, minlength=len(RowKind)).tolist())
-
-    def recorded_rows(self, fill: int) -> UInt[np.ndarray, "tokens L_local k"]:
-        """What the routers chose, in the order of the samples' tokens, on the host."""
-        return self.plan.gather(self.ids.cpu().numpy(), fill)
 
     def release(self) -> None:
         """Give the device memory back; what is on the host stays."""

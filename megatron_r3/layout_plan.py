@@ -143,6 +143,12 @@ class LayoutPlan:
         """True for each row that is no token of any sample."""
         return np.asarray(self.sample < 0)
 
+    def same_rows(self, other: LayoutPlan) -> bool:
+        """Whether every row holds the same position of the same sample, and samples are as long."""
+        return np.array_equal(self.lengths, other.lengths) and np.array_equal(
+            self.token_index(), other.token_index()
+        )
+
     def token_index(self) -> Int64[np.ndarray, " T"]:
         """Index of each local row's token when all samples stand one after the other.
 

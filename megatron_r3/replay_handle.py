@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+from megatron.core.transformer.moe.router_replay import RouterReplay
 
-from megatron_r3.errors import ReplayStateError, RowCountError
+from megatron_r3 import hand_actions
+from megatron_r3.errors import RowCountError
+from megatron_r3.metrics import sample_agreement
+from megatron_r3.policies import Policies
 
 if TYPE_CHECKING:
     from megatron_r3.frames import Frame
@@ -20,7 +22,9 @@ class ReplayHandle(RouterReplay):
 
     Bound to a controller it answers from the frame of the micro-batch that runs. An action set by
     hand (``RouterReplay.set_global_router_replay_action`` and ``set_replay_data``) works as
-    upstream's does while no schedule is open. Unbound and without an action it routes natively.
+    upstream's does while no schedule is open, see :mod:`megatron_r3.hand_actions`. Unbound and
+    without an action it routes natively. Either way the choice passes through
+    ``RouterReplay.get_replay_topk``, so that a wrapper around that method sees it.
     """
 
     def __init__(self, replaces: RouterReplay | None = None) -> None:
@@ -37,25 +41,75 @@ class ReplayHandle(RouterReplay):
         """The router's own config while it is unfused."""
         self.calls: ChunkCalls | None = None
         self.layer = 0
-        self.asked = False
-        """Whether the router asked for its experts since somebody reset this."""
+        self.router: Any = None
+        """Weak reference to the router."""
+        self.policies = Policies()
+        self.target_replay_mask: torch.Tensor | None = None
+        self.replay_backward_mask_list: list[torch.Tensor | None] = []
+        self.static_buffer: torch.Tensor | None = None
+        self.targets_set = 0
+        """Targets set by hand since :meth:`clear_indices`."""
+        self.targets_used = 0
+        """Forwards that used one of these."""
+        self.begin_call()
 
-    def bind(self, calls: ChunkCalls, layer: int) -> None:
+    def bind(self, calls: ChunkCalls, layer: int, policies: Policies) -> None:
         """Answer from the frames of ``calls``, as its local router ``layer``."""
-        self.calls, self.layer = calls, layer
+        self.calls, self.layer, self.policies = calls, layer, policies
 
     def unbind(self) -> None:
         """Route natively again."""
-        self.calls = None
+        self.calls, self.policies = None, Policies()
+
+    def begin_call(self) -> None:
+        """Forget the last call of the router."""
+        self.asked = False
+        """Whether the router asked for its experts in this call."""
+        self.frame: Frame | None = None
+        """The frame that answered."""
+        self.indices: torch.Tensor | None = None
+        """``[T, k]`` int64 ids that the frame answered."""
 
     def give_place_back(self) -> Any:
         """Leave upstream's global list to the instance that this one replaced, and return it."""
         _put_in_place_of(self, self.replaces)
         return self.replaces
 
-    def set_router_replay_action(self, router_replay_action: RouterReplayAction) -> None:
-        """As upstream's; takes the actions of other enums with the same values too."""
-        super().set_router_replay_action(RouterReplayAction(router_replay_action.value))
+    def set_target_indices(
+        self, topk_indices: torch.Tensor, replay_mask: torch.Tensor | None = None
+    ) -> None:
+        """Set what the next REPLAY_FORWARD uses, and queue it for a REPLAY_BACKWARD.
+
+        Args:
+            topk_indices: ``[T, k]`` ids of any integer dtype.
+            replay_mask: ``[T]`` bool, False for rows that route natively; ``None`` for none.
+
+        """
+        super().set_target_indices(topk_indices)
+        self.target_replay_mask = replay_mask
+        self.replay_backward_mask_list.append(replay_mask)
+        self.targets_set += 1
+
+    def clear_indices(self) -> None:
+        """Forget all targets and what was recorded."""
+        super().clear_indices()
+        self.target_replay_mask, self.replay_backward_mask_list = None, []
+        self.targets_set = self.targets_used = 0
+
+    def set_static_buffer(self, buffer: torch.Tensor) -> None:
+        """Record into ``buffer``, ``[rows, k]`` with at least T rows, from now on."""
+        self.static_buffer = buffer
+
+    def clear_static_buffer(self) -> None:
+        """Record by reference again."""
+        self.static_buffer = None
+
+    def record_indices(self, topk_indices: torch.Tensor) -> None:
+        """Keep what a router chose under RECORD."""
+        if self.static_buffer is not None:
+            used = self.static_buffer[: len(topk_indices)]
+            topk_indices = used.copy_(topk_indices)
+        self.recorded_topk_idx = topk_indices
 
     def get_replay_topk(
         self,
@@ -80,94 +134,66 @@ class ReplayHandle(RouterReplay):
 
         """
         self.asked = True
-        if self.router_replay_action is not None:
-            self._check_action_by_hand(scores, topk)
-            return super().get_replay_topk(
-                scores, topk, num_groups, group_topk, default_compute_topk
-            )
-        frame, recompute = (None, False) if self.calls is None else self.calls.resolve(self.layer)
-        if frame is None:
+
+        def native(scores: torch.Tensor) -> Any:
             return default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+
+        if self.router_replay_action is not None:
+            with hand_actions.resolved(self, scores, topk, native):
+                return super().get_replay_topk(
+                    scores, topk, num_groups, group_topk, default_compute_topk
+                )
+        frame, recompute = (None, False) if self.calls is None else self.calls.resolve(self.layer)
+        if frame is not None:
+            indices = self._choose(frame, recompute, scores, native, bool(group_topk))
+            self.frame, self.indices = frame, indices
+
+            def default_compute_topk(*_: Any, **__: Any) -> Any:
+                return scores.gather(1, indices), indices
+
+        return super().get_replay_topk(scores, topk, num_groups, group_topk, default_compute_topk)
+
+    def _choose(
+        self, frame: Frame, recompute: bool, scores: torch.Tensor, native: Any, grouped: bool
+    ) -> torch.Tensor:
         if scores.shape[0] != frame.num_rows:
             raise RowCountError(
                 f"the router sees {scores.shape[0]} rows in micro-batch {frame.micro_batch}, "
                 f"expected the {frame.num_rows} that feed() was told of: give feed the "
                 "seq_length of the padded batch, or a plan."
             )
-
-        # Detached, since the native choice must not save tensors that a recompute does not save.
-        own_choice = partial(_indices, default_compute_topk, topk, num_groups, group_topk)
-        detached = scores.detach()
+        ids = frame.ids[self.layer]
         if recompute:
-            indices = frame.ids[self.layer].long()
-        elif frame.native_rows is None:
-            indices = own_choice(detached)
-            frame.ids[self.layer].copy_(indices)
-        else:
-            indices = self._replayed(frame, detached, own_choice, bool(group_topk))
-        return scores.gather(1, indices), indices
-
-    def _replayed(
-        self, frame: Frame, scores: torch.Tensor, own_choice: Any, grouped: bool
-    ) -> torch.Tensor:
-        indices = frame.ids[self.layer].long()
+            return ids.long()
+        # Detached, since the native choice must not save tensors that a recompute does not save.
+        scores = scores.detach()
         rows = frame.native_rows
-        assert rows is not None
+        if rows is None:
+            indices: torch.Tensor = native(scores)[1]
+            ids.copy_(indices)
+            return indices
+        indices = ids.long()
         if frame.agreement is not None:
-            native = own_choice(scores)
-            same = (native[:, :, None] == indices[:, None, :]).any(1).sum(1)
-            same[rows] = 0
-            frame.agreement[self.layer] = same.sum()
-            chosen = native[rows]
+            values, own = native(scores)
+            chosen = own.index_select(0, rows)
         elif not len(rows):
             return indices
         elif grouped:
             # The group-limited choice is bound to the number of rows of the router's call.
-            chosen = own_choice(scores)[rows]
+            chosen = native(scores)[1].index_select(0, rows)
         else:
-            chosen = own_choice(scores[rows])
-        indices[rows] = chosen
-        # The whole layer, since torch cannot copy by index into uint16.
-        frame.ids[self.layer].copy_(indices)
+            chosen = native(scores.index_select(0, rows))[1]
+        indices.index_copy_(0, rows, chosen)
+        if frame.agreement is not None:
+            sample_agreement(frame, self.layer, self.router(), scores, values, own, indices)
+        # Through a signed view, since torch cannot copy by index into uint16.
+        signed = ids if ids.dtype == torch.uint8 else ids.view(torch.int16)
+        signed.index_copy_(0, rows, chosen.to(signed.dtype))
         return indices
-
-    def _check_action_by_hand(self, scores: torch.Tensor, topk: int) -> None:
-        """Upstream takes wrong targets silently: tokens beyond a short target get no expert."""
-        if self.calls is not None and self.calls.schedule_is_open:
-            raise ReplayStateError(
-                f"router replay action {self.router_replay_action} was set by hand inside an open "
-                "schedule, expected one of the two: leave the schedule or drop the action."
-            )
-        if self.router_replay_action == RouterReplayAction.REPLAY_FORWARD:
-            target = self.target_topk_idx
-        elif self.router_replay_action == RouterReplayAction.REPLAY_BACKWARD:
-            target = self.replay_backward_list[0] if self.replay_backward_list else None
-        else:
-            return
-        expected = (scores.shape[0], topk)
-        if target is None or tuple(target.shape) != expected:
-            seen = "missing" if target is None else f"of shape {tuple(target.shape)}"
-            raise RowCountError(
-                f"the replay target of {self.router_replay_action} is {seen}, expected "
-                f"{expected}, rows by k: call set_target_indices once for each forward."
-            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied or unpickled model belongs to no controller.
         return (ReplayHandle, ())
-
-
-def _indices(
-    compute_topk: Any,
-    topk: int,
-    num_groups: int | None,
-    group_topk: int | None,
-    scores: torch.Tensor,
-) -> torch.Tensor:
-    indices: torch.Tensor = compute_topk(
-        scores, topk, num_groups=num_groups, group_topk=group_topk
-    )[1]
-    return indices
 
 
 def _put_in_place_of(old: RouterReplay | None, new: RouterReplay | None) -> None:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_r3.errors import ReplayStateError
+from megatron_r3.policies import PolicyRouter
 from megatron_r3.replay_handle import ReplayHandle
 
 
-class ReplayTopKRouter(TopKRouter):
+class ReplayTopKRouter(PolicyRouter):
     """A top-k router whose ``router_replay`` is a :class:`ReplayHandle`.
 
     Only the selection is replayed: logits and probabilities are computed live, so the gate stays
     trainable. The class is mixed into the class of the router that is there, see
     :func:`replay_class`; weights, buffers and checkpoint keys stay as they are.
     """
-
-    router_replay: ReplayHandle
 
     def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Route as the original class does, and make sure that it asked for its experts.
@@ -30,9 +30,11 @@ class ReplayTopKRouter(TopKRouter):
 
         """
         handle = self.router_replay
-        handle.asked = False
+        handle.begin_call()
         routed = super().routing(logits, *args, **kwargs)
-        if not handle.asked and handle.calls is not None and handle.calls.schedule_is_open:
+        asked = handle.asked
+        handle.begin_call()
+        if not asked and handle.calls is not None and handle.calls.schedule_is_open:
             raise ReplayStateError(
                 f"the router of layer {self.layer_number} chose its experts without asking for a "
                 "target, expected it to ask in an open schedule: its routing type or a fused "
@@ -72,6 +74,7 @@ def make_replaying(router: Any) -> ReplayHandle:
         router.router_replay = ReplayHandle(replaces=router.router_replay)
         router.__class__ = replay_class(type(router))
     router.router_replay.layer_number = router.layer_number
+    router.router_replay.router = weakref.ref(router)
     handle: ReplayHandle = router.router_replay
     return handle
 

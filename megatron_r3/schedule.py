@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from megatron_r3.errors import ReplayStateError
+from megatron_r3.errors import LayoutMismatchError, ReplayStateError, RowCountError
 from megatron_r3.frames import Frame, RowCounts, RowKind
+from megatron_r3.gather import gather_recorded
+from megatron_r3.groups import Groups
+from megatron_r3.layout_plan import LayoutPlan
+from megatron_r3.metrics import ReplayMetrics, reduced_metrics
 from megatron_r3.router_calls import Mode
-from shared_schema import RoutedExpertsBatch, RoutingLayout, Source, Span
+from shared_schema import RoutedExpertsBatch, RoutingLayout
 
 
 @dataclass(frozen=True)
 class ScheduleReport:
-    """Counters of one schedule on this rank.
+    """Counters of one schedule on this rank; nothing was read from a device for them.
 
     Attributes:
         mode: of the schedule.
         micro_batches: that were fed, over all chunks.
         rows: rows of these by kind.
         recomputes: router calls that repeated a forward in a backward pass.
-        agreement: share of replayed slots that the router would have chosen itself, in the
-            sampled micro-batches, by position on the L axis of routes.
 
     """
 
@@ -33,22 +34,22 @@ class ScheduleReport:
     micro_batches: int
     rows: RowCounts
     recomputes: int
-    agreement: dict[int, float] = field(default_factory=dict)
 
 
 class Schedule:
     """One ``with ctl.schedule(...)`` block; its results are there when the block has ended.
 
     Attributes:
-        report: counters.
+        report: counters of this rank.
 
     """
 
     report: ScheduleReport
 
-    def __init__(self, mode: Mode, layout: RoutingLayout) -> None:
+    def __init__(self, mode: Mode, layout: RoutingLayout, groups: Groups) -> None:
         self.mode: Mode = mode
         self._layout = layout
+        self._groups = groups
         self._chunks: list[tuple[Sequence[int], list[Frame]]] = []
 
     def finish(self, chunks: Sequence[tuple[Sequence[int], list[Frame]]]) -> None:
@@ -60,42 +61,83 @@ class Schedule:
             micro_batches=len(frames),
             rows=sum((frame.counts for frame in frames), RowCounts()),
             recomputes=sum(sum(frame.recomputes) for frame in frames),
-            agreement=self._agreement(),
         )
         if self.mode == "replay":
             for frame in frames:
                 frame.release()
 
-    def recorded(self) -> RoutedExpertsBatch:
-        """The experts that the routers chose, one row for every token, samples as they were fed.
+    def metrics(self) -> ReplayMetrics:
+        """Rows by kind and sampled agreement, of each layer and in total, over all ranks.
+
+        A collective: every rank has to call it. It is the one place that waits for the device.
 
         Raises:
-            ReplayStateError: not a finished recording, or this rank does not hold all tokens and
-                layers.
+            ReplayStateError: the schedule has not ended.
 
         """
-        if self.mode != "record" or not hasattr(self, "report"):
-            raise ReplayStateError(
-                f"recorded() was called on a schedule({self.mode!r}) "
-                f"{'that has ended' if hasattr(self, 'report') else 'that is open'}, expected a "
-                "recording that has ended: call it behind the with block of schedule('record')."
+        self._check_ended("metrics()")
+        return reduced_metrics(self._chunks, self._layout, self._groups)
+
+    def gather(self) -> RoutedExpertsBatch:
+        """The experts that the routers chose, one row for every token, samples as they were fed.
+
+        Collects the rows and layers of all ranks that hold this rank's data (tensor, context and
+        pipeline parallel, not data parallel), which all have to call it and all get the same. Where
+        the update runs the same micro-batches, ``feed(chunk, recording[n])`` moves nothing instead.
+
+        Raises:
+            ReplayStateError: not a recording that has ended, or tokens or layers that no rank has.
+
+        """
+        self._check_recorded("gather()")
+        return gather_recorded(self._chunks, self._layout, self._groups)
+
+    def __getitem__(self, micro_batch: int) -> RecordedMicroBatch:
+        """Micro-batch ``micro_batch`` of a recording that has ended, for ``feed``."""
+        self._check_recorded(f"[{micro_batch}]")
+        return RecordedMicroBatch(self, micro_batch)
+
+    def frame(
+        self,
+        micro_batch: int,
+        chunk: int,
+        layers: Sequence[int],
+        plan: LayoutPlan | None,
+    ) -> Frame:
+        """What a chunk recorded in a micro-batch.
+
+        Args:
+            micro_batch: its number in the recording.
+            chunk: number of the chunk.
+            layers: L-axis positions of that chunk's layers in the model that will use it.
+            plan: what each row is in the batch that will use it, where the caller knows.
+
+        Raises:
+            LayoutMismatchError: another model or another split of it.
+            RowCountError: no such micro-batch, or one with other rows.
+
+        """
+        held = [tuple(layers) for layers, _ in self._chunks]
+        if chunk >= len(held) or held[chunk] != tuple(layers):
+            raise LayoutMismatchError(
+                f"the recording has the MoE layers {held} in its chunks, expected "
+                f"{tuple(layers)} in chunk {chunk}: gather() it, since the model is split anew."
             )
-        held = sorted(layer for layers, _ in self._chunks for layer in layers)
-        if held != list(range(self._layout.num_moe_layers)):
-            raise ReplayStateError(
-                f"this rank recorded the MoE layers with indices {held}, expected all "
-                f"{self._layout.num_moe_layers}: routes can be read where one rank holds the model."
+        frames = self._chunks[chunk][1]
+        if not 0 <= micro_batch < len(frames):
+            raise RowCountError(
+                f"micro-batch {micro_batch} was asked of a recording of {len(frames)}, expected "
+                "a number below that: count micro-batches as they were fed."
             )
-        with_routers = [(layers, frames) for layers, frames in self._chunks if layers]
-        micro_batches = zip(*(frames for _, frames in with_routers), strict=True)
-        layers = [layers for layers, _ in with_routers]
-        batches = [self._joined(layers, frames) for frames in micro_batches]
-        if not batches:
-            raise ReplayStateError(
-                "the schedule recorded no micro-batch, expected one or more: call feed() before "
-                "each forward."
+        frame = frames[micro_batch]
+        if plan is not None and not frame.plan.same_rows(plan):
+            raise RowCountError(
+                f"micro-batch {micro_batch} was recorded with samples of "
+                f"{frame.plan.lengths.tolist()} tokens in {frame.num_rows} rows, expected the "
+                f"{plan.lengths.tolist()} tokens in {plan.num_rows} rows of this one in the same "
+                "order: gather() the recording, since the batch is split anew."
             )
-        return RoutedExpertsBatch.concat(batches)
+        return frame
 
     def explain(self, micro_batch: int, chunk: int = 0) -> str:
         """Which positions of which sample were replayed in a micro-batch, for people to read."""
@@ -113,35 +155,29 @@ class Schedule:
             lines.append(f"  sample {sample}: {', '.join(spans) or 'no token on this rank'}")
         return "\n".join(lines)
 
-    def _joined(
-        self, layers: Sequence[Sequence[int]], frames: Sequence[Frame]
-    ) -> RoutedExpertsBatch:
-        lengths = frames[0].plan.lengths
-        if (np.sort(frames[0].plan.token_index())[-int(lengths.sum()) :] < 0).any():
+    def _check_ended(self, what: str) -> None:
+        if not hasattr(self, "report"):
             raise ReplayStateError(
-                f"this rank holds {int((~frames[0].plan.is_padding).sum())} of the "
-                f"{int(lengths.sum())} tokens of micro-batch {frames[0].micro_batch}, expected all "
-                "of them: routes can be read where one rank holds the sequences."
+                f"{what} was called on a schedule({self.mode!r}) that is open or was left by an "
+                "error, expected one that has ended: call it behind the with block."
             )
-        values = np.empty(
-            (int(lengths.sum()), self._layout.num_moe_layers, self._layout.top_k),
-            self._layout.dtype,
-        )
-        for local, frame in zip(layers, frames, strict=True):
-            values[:, list(local)] = frame.recorded_rows(self._layout.fill_id)
-        return RoutedExpertsBatch(
-            values,
-            np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-            self._layout,
-            spans=tuple((Span(0, int(n), Source.TRAINER),) if n else () for n in lengths),
-        )
 
-    def _agreement(self) -> dict[int, float]:
-        shares: dict[int, float] = {}
-        for layers, frames in self._chunks:
-            sampled = [(f.agreement, f.counts) for f in frames if f.agreement is not None]
-            slots = sum(counts.replayed for _, counts in sampled) * self._layout.top_k
-            if slots:
-                same = torch.stack([agreement for agreement, _ in sampled]).sum(0).tolist()
-                shares |= {layer: n / slots for layer, n in zip(layers, same, strict=True)}
-        return shares
+    def _check_recorded(self, what: str) -> None:
+        self._check_ended(what)
+        if self.mode != "record":
+            raise ReplayStateError(
+                f"{what} was called on a schedule({self.mode!r}), expected a recording: open "
+                "schedule('record')."
+            )
+
+
+@dataclass(frozen=True)
+class RecordedMicroBatch:
+    """One micro-batch of a recording, to be fed to a replay; made by ``recording[n]``."""
+
+    recording: Schedule
+    number: int
+
+    def frame(self, chunk: int, layers: Sequence[int], plan: LayoutPlan | None) -> Frame:
+        """What ``chunk`` recorded, see :meth:`Schedule.frame`."""
+        return self.recording.frame(self.number, chunk, layers, plan)

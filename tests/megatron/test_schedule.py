@@ -239,11 +239,11 @@ def test_recorded_routes_name_what_is_missing(world_of_one: None) -> None:
         feed(controller, model, batch, None)
         forward(model, batch)
         with pytest.raises(ReplayStateError, match="that is open"):
-            recording.recorded()
+            recording.gather()
     with controller.schedule("replay") as replay:
         pass
-    with pytest.raises(ReplayStateError, match=r"schedule\('replay'\) that has ended"):
-        replay.recorded()
+    with pytest.raises(ReplayStateError, match=r"schedule\('replay'\), expected a recording"):
+        replay.gather()
 
 
 def test_recorded_routes_are_what_the_routers_used(world_of_one: None) -> None:
@@ -255,7 +255,7 @@ def test_recorded_routes_are_what_the_routers_used(world_of_one: None) -> None:
             witness.micro_batch = number
             feed(controller, model, batch, None)
             forward(model, batch)
-    recorded = iter(recording.recorded())
+    recorded = iter(recording.gather())
     for number, batch in enumerate(batches):
         samples = [next(recorded) for _ in batch.lengths]
         assert [sample.num_rows for sample in samples] == list(batch.lengths)
@@ -265,26 +265,6 @@ def test_recorded_routes_are_what_the_routers_used(world_of_one: None) -> None:
                 for layer in range(3):
                     used = np.flatnonzero(witness.forwards[number, layer][row].numpy())
                     assert sorted(samples[cell[0]].ids[cell[1], layer]) == used.tolist()
-
-
-def test_agreement_is_the_share_of_slots_that_the_router_would_choose(world_of_one: None) -> None:
-    model, [batch] = build(), padded_micro_batches(MIXED[:1])
-    native = used_by(model, batch)
-    controller = megatron_r3.attach(model)
-    with controller.schedule("replay") as schedule:
-        feed(controller, model, batch)
-        forward(model, batch)
-    # The first MoE layer sees the same input in both runs.
-    expected, replayed = expected_map(controller.layout, replayed_cells(batch, 0), layer=0)
-    share = (expected & native[0])[replayed].sum() / expected[replayed].sum()
-    assert 0 < share < 1
-    assert schedule.report.agreement[0] == pytest.approx(float(share))
-    controller.detach()
-    controller = megatron_r3.attach(model, agreement_every=0)
-    with controller.schedule("replay") as schedule:
-        feed(controller, model, batch)
-        forward(model, batch)
-    assert schedule.report.agreement == {}
 
 
 def test_a_schedule_of_megatron_runs_in_replay(world_of_one: None) -> None:
