@@ -76,7 +76,8 @@ def spread_experts(
     begin = (np.asarray(layers, np.int64) + ep_rank) * top_k
     slot = np.arange(num_rows * top_k).reshape(num_rows, top_k)
     turn = (begin[:, None, None] + slot) % num_experts
-    return turn % ep_size * (num_experts // ep_size) + turn // ep_size
+    experts: np.ndarray[Any, Any] = turn % ep_size * (num_experts // ep_size) + turn // ep_size
+    return experts
 
 
 class PolicyRouter(TopKRouter):
