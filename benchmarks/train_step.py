@@ -151,7 +151,8 @@ class Trainer:
             schedules.append(schedule)
 
         taken = seconds(step, self.device)
-        agreement = min(schedules[0].report.agreement.values())
+        agreement = schedules[0].metrics().total.agreement
+        assert agreement is not None
         assert agreement > 0.99, f"native steps use other experts, agreement {agreement}"
         self.controller.detach()
         self.controller = None
@@ -164,7 +165,7 @@ class Trainer:
             self.step([None] * len(self.tokens))
         self.controller.detach()
         self.controller = None
-        recorded = schedule.recorded()
+        recorded = schedule.gather()
         return [
             RoutedExpertsBatch.from_list([sample[:-1] for sample in micro_batch])
             for micro_batch in recorded.chunk(len(self.tokens))
