@@ -7,20 +7,20 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from megatron_r3.attach_report import AttachReport
-from megatron_r3.errors import ReplayStateError, RowCountError
+from megatron_r3.errors import ReplayStateError
 from megatron_r3.frames import Frame
 from megatron_r3.groups import Groups
 from megatron_r3.layout_plan import LayoutPlan, Shard
+from megatron_r3.local_routes import Routes
+from megatron_r3.micro_batch_plan import micro_batch_plan
 from megatron_r3.policies import Policies
 from megatron_r3.replay_handle import ReplayHandle
 from megatron_r3.router import restore_routers
 from megatron_r3.router_calls import ChunkCalls, Mode
 from megatron_r3.schedule import RecordedMicroBatch, Schedule
-from megatron_r3.validate import Routes, checked_routes
 from shared_schema import RoutingLayout
 
 
@@ -124,8 +124,10 @@ class Controller:
         chunk: torch.nn.Module,
         routes: Routes | RecordedMicroBatch | None = None,
         *,
+        samples: Sequence[int] | None = None,
         packed_seq_params: Any = None,
         host_lengths: Sequence[int] | None = None,
+        padded_lengths: Sequence[int] | None = None,
         seq_length: int | None = None,
         plan: LayoutPlan | None = None,
     ) -> None:
@@ -136,15 +138,22 @@ class Controller:
 
         Args:
             chunk: the model chunk that runs next, wrapped or not.
-            routes: routes of the micro-batch, one entry for each sample; ``recording[n]`` to
-                repeat micro-batch n of a recording, for which nothing else is needed and nothing
-                moves; none when recording.
-            packed_seq_params: of a packed (THD) micro-batch.
+            routes: routes of the micro-batch, or of a batch that it is a part of: a
+                ``RoutedExpertsBatch``, or for each sample ``RoutedExperts``, their encoded bytes,
+                the path of a file of these, or ``None`` for none. Only this rank's rows and layers
+                are read. ``recording[n]`` to repeat micro-batch n of a recording, for which nothing
+                else is needed and nothing moves. None at all when recording.
+            samples: which of ``routes`` the micro-batch consists of; by default all.
+            packed_seq_params: of a packed (THD) micro-batch. ``local_cp_size`` and ``cp_group``
+                in it stand in for the model's, and ``tokens_per_sample`` is followed.
             host_lengths: tokens of each sample. Needed for a padded batch, and for a packed one
                 whose ``cu_seqlens`` lie on a GPU, since reading them would synchronise.
+            padded_lengths: rows of each sample of a packed batch, where
+                ``cu_seqlens_q_padded`` lies on a GPU.
             seq_length: padded length of a padded batch, or rows of the whole pack; by default
                 the longest sample, or the samples' sum.
-            plan: the map from rows to tokens, where the batch is laid out in another way.
+            plan: the map from rows to tokens, where the batch is laid out in another way; it says
+                all that the arguments above say. ``shard(chunk)`` helps to make one.
 
         Raises:
             InvalidRoutesError: routes that do not fit the model or the micro-batch.
@@ -168,25 +177,25 @@ class Controller:
             )
         number = len(calls.frames)
         sample = self.agreement_every > 0 and number % self.agreement_every == 0
-        if plan is None and (packed_seq_params is not None or host_lengths is not None):
-            plan = _plan(packed_seq_params, host_lengths, seq_length, target.shard)
+        repeats = isinstance(routes, RecordedMicroBatch)
+        if plan is None and not (repeats and packed_seq_params is None and host_lengths is None):
+            plan = micro_batch_plan(
+                packed_seq_params, host_lengths, padded_lengths, seq_length, target.shard
+            )
         if isinstance(routes, RecordedMicroBatch):
             recorded = routes.frame(self._chunks.index(target), target.layers, plan)
             calls.push(Frame.to_repeat(recorded, number, sample, self.policies))
             return
-        if plan is None:
-            raise RowCountError(
-                "feed() got neither host_lengths nor packed_seq_params, expected the tokens of "
-                "each sample: pass host_lengths=[...]."
-            )
+        assert plan is not None
         device = next(chunk.parameters()).device
         if routes is None:
             frame = Frame.to_record(plan, self.layout, target.layers, number, device)
         else:
-            batch = checked_routes(routes, self.layout, plan.lengths)
             frame = Frame.to_replay(
-                batch,
+                routes,
+                samples,
                 plan,
+                self.layout,
                 target.layers,
                 number,
                 device,
@@ -195,6 +204,10 @@ class Controller:
                 self._groups,
             )
         calls.push(frame)
+
+    def shard(self, chunk: torch.nn.Module) -> Shard:
+        """The part of the token axis that the routers of ``chunk`` see on this rank."""
+        return self._chunk_of(chunk).shard
 
     def detach(self) -> None:
         """Give the model its routers back as they were before ``attach``."""
@@ -218,36 +231,3 @@ def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
     while isinstance(inner := getattr(module, "module", None), torch.nn.Module):
         module = inner
     return module
-
-
-def _plan(
-    packed_seq_params: Any,
-    host_lengths: Sequence[int] | None,
-    seq_length: int | None,
-    shard: Shard,
-) -> LayoutPlan:
-    if packed_seq_params is None:
-        assert host_lengths is not None
-        return LayoutPlan.padded(host_lengths, seq_length, shard=shard)
-    padded = packed_seq_params.cu_seqlens_q_padded
-    rooms = _host_lengths(packed_seq_params.cu_seqlens_q if padded is None else padded)
-    if rooms is None and padded is not None:
-        raise RowCountError(
-            "cu_seqlens_q_padded lies on a GPU, expected it on the host, since reading it would "
-            "synchronise: pass plan=LayoutPlan.packed(lengths, padded_lengths)."
-        )
-    if host_lengths is None:
-        host_lengths = _host_lengths(packed_seq_params.cu_seqlens_q)
-    if host_lengths is None:
-        raise RowCountError(
-            "cu_seqlens_q lies on a GPU, expected the lengths on the host, since reading it would "
-            "synchronise: pass host_lengths=[...]."
-        )
-    return LayoutPlan.packed(host_lengths, rooms, seq_length, shard)
-
-
-def _host_lengths(cu_seqlens: torch.Tensor) -> list[int] | None:
-    if cu_seqlens.device.type != "cpu":
-        return None
-    lengths: list[int] = np.diff(cu_seqlens.numpy()).tolist()
-    return lengths

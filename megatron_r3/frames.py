@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 
 from megatron_r3.groups import Groups
-from megatron_r3.layout_plan import NO_ROW, PADDING, LayoutPlan, scatter
+from megatron_r3.host_buffer import HostBuffer, torch_dtype
+from megatron_r3.layout_plan import LayoutPlan
+from megatron_r3.local_routes import Routes, read_local_routes
 from megatron_r3.policies import Policies, spread_experts
-from shared_schema import RoutedExpertsBatch, RoutingLayout
+from shared_schema import RoutingLayout
+
+_MARK_BYTES = 2 * 8 + 1  # of each row: two indices and a flag at most
 
 
 class RowKind(IntEnum):
@@ -99,9 +103,9 @@ class Frame:
         device: torch.device,
     ) -> Frame:
         """An empty frame, to be filled by routers that route natively."""
-        dtype = torch.from_numpy(np.empty(0, layout.dtype)).dtype
+        shape = (len(layers), plan.num_rows, layout.top_k)
         return cls(
-            ids=torch.empty((len(layers), plan.num_rows, layout.top_k), dtype=dtype, device=device),
+            ids=torch.empty(shape, dtype=torch_dtype(layout.dtype), device=device),
             kinds=np.where(plan.is_padding, RowKind.PADDING, RowKind.RECORDED).astype(np.uint8),
             native_rows=None,
             plan=plan,
@@ -111,8 +115,10 @@ class Frame:
     @classmethod
     def to_replay(
         cls,
-        routes: RoutedExpertsBatch,
+        routes: Routes,
+        samples: Sequence[int] | None,
         plan: LayoutPlan,
+        layout: RoutingLayout,
         layers: Sequence[int],
         micro_batch: int,
         device: torch.device,
@@ -120,11 +126,14 @@ class Frame:
         policies: Policies,
         groups: Groups,
     ) -> Frame:
-        """Bring validated routes into the routers' order and onto their device.
+        """Bring routes into the routers' order and onto their device.
 
         Args:
-            routes: the samples of the micro-batch.
+            routes: see :func:`~megatron_r3.local_routes.read_local_routes`, which raises what is
+                wrong with them.
+            samples: which of the routes the micro-batch consists of; by default all.
             plan: what each local row is.
+            layout: the model's.
             layers: index in the layout's MoE layers of each local router.
             micro_batch: its number in the schedule.
             device: the routers' device.
@@ -133,35 +142,29 @@ class Frame:
             groups: over whose expert-parallel ranks padding is spread.
 
         """
-        assert routes.token_starts is not None  # filled in by the schema
-        source = plan.source_rows(routes.token_starts, routes.lengths)
-        kinds = np.zeros(len(source), np.uint8)
-        kinds[source == NO_ROW] = RowKind.UNRECORDED
-        kinds[source == PADDING] = RowKind.PADDING
-        held = np.flatnonzero(source >= 0)
-        kinds[held[~routes.recorded[source[held]]]] = RowKind.UNRECORDED
-        ids = scatter(routes.values, source, layers, routes.layout.fill_id)
+        rows = plan.num_rows
+        shape = (len(layers), rows, layout.top_k)
+        room = math.prod(shape) * layout.dtype.itemsize
+        buffer = HostBuffer(room + _MARK_BYTES * rows, device)
+        ids = buffer.reserve(shape, layout.dtype)
+        recorded = read_local_routes(routes, plan, layers, layout, ids, samples)
+        kinds = np.where(recorded, RowKind.REPLAYED, RowKind.UNRECORDED).astype(np.uint8)
+        kinds[plan.is_padding] = RowKind.PADDING
         native = kinds != RowKind.REPLAYED
         if policies.padding == "spread":
-            padding = np.flatnonzero(kinds == RowKind.PADDING)
+            padding = np.flatnonzero(plan.is_padding)
             ids[:, padding] = spread_experts(
                 len(padding),
                 layers,
-                routes.layout.num_experts,
-                routes.layout.top_k,
+                layout.num_experts,
+                layout.top_k,
                 groups.ep_size,
                 groups.ep_rank,
             )
             native[padding] = False
-        frame = cls(
-            ids=_to_device(ids, device),
-            kinds=kinds,
-            native_rows=_to_device(np.flatnonzero(native), device),
-            plan=plan,
-            micro_batch=micro_batch,
+        return cls._marked(
+            None, buffer, kinds, native, plan, micro_batch, policies, sample_agreement
         )
-        frame._follow(policies, sample_agreement)
-        return frame
 
     @classmethod
     def to_repeat(
@@ -169,27 +172,55 @@ class Frame:
     ) -> Frame:
         """Replay a recorded micro-batch, padding too, from the ids that are on the device."""
         padding = recorded.kinds == RowKind.PADDING
-        frame = cls(
-            ids=recorded.ids,
-            kinds=np.where(padding, RowKind.PADDING, RowKind.REPLAYED).astype(np.uint8),
-            native_rows=torch.empty(0, dtype=torch.int64, device=recorded.ids.device),
-            plan=recorded.plan,
-            micro_batch=micro_batch,
+        kinds = np.where(padding, RowKind.PADDING, RowKind.REPLAYED).astype(np.uint8)
+        buffer = HostBuffer(_MARK_BYTES * len(kinds), recorded.ids.device)
+        native = np.zeros(len(kinds), bool)
+        return cls._marked(
+            recorded.ids,
+            buffer,
+            kinds,
+            native,
+            recorded.plan,
+            micro_batch,
+            policies,
+            sample_agreement,
         )
-        frame._follow(policies, sample_agreement)
-        return frame
 
-    def _follow(self, policies: Policies, sample_agreement: bool) -> None:
-        device = self.ids.device
-        replayed = self.kinds == RowKind.REPLAYED
-        if policies.bias_counts != "all":
-            left_out = self.kinds == RowKind.PADDING
-            if policies.bias_counts == "replayed":
-                left_out = ~replayed
-            self.uncounted_rows = _to_device(np.flatnonzero(left_out), device)
+    @classmethod
+    def _marked(
+        cls,
+        ids: torch.Tensor | None,
+        buffer: HostBuffer,
+        kinds: UInt8[np.ndarray, " T"],
+        native: Bool[np.ndarray, " T"],
+        plan: LayoutPlan,
+        micro_batch: int,
+        policies: Policies,
+        sample_agreement: bool,
+    ) -> Frame:
+        """A frame whose marks, and ids where none are given, travel in ``buffer``."""
+        marks = {"native_rows": np.flatnonzero(native)}
+        if policies.bias_counts == "tokens":
+            marks["uncounted_rows"] = np.flatnonzero(kinds == RowKind.PADDING)
+        elif policies.bias_counts == "replayed":
+            marks["uncounted_rows"] = np.flatnonzero(kinds != RowKind.REPLAYED)
         if sample_agreement:
-            self.replayed = _to_device(replayed, device)
-            self.agreement = torch.zeros(len(self.ids), 3, dtype=torch.float64, device=device)
+            marks["replayed"] = kinds == RowKind.REPLAYED
+        for mark in marks.values():
+            buffer.append(mark)
+        parts = buffer.to_device()
+        if ids is None:
+            ids = parts.pop(0)
+        frame = cls(
+            ids=ids,
+            kinds=kinds,
+            plan=plan,
+            micro_batch=micro_batch,
+            **dict(zip(marks, parts, strict=True)),
+        )
+        if sample_agreement:
+            frame.agreement = torch.zeros(len(ids), 3, dtype=torch.float64, device=ids.device)
+        return frame
 
     @property
     def num_rows(self) -> int:
@@ -202,12 +233,5 @@ class Frame:
         return RowCounts(*np.bincount(self.kinds, minlength=len(RowKind)).tolist())
 
     def release(self) -> None:
-        """Give the device memory back; what is on the host stays."""
-        del self.ids, self.native_rows
-
-
-def _to_device(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor
+        """Give the device memory back; counters and what is on the host stay."""
+        del self.ids, self.native_rows, self.uncounted_rows, self.replayed

@@ -5,41 +5,23 @@ Pure index arithmetic on numpy arrays: nothing here knows torch, Megatron or a p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, UInt
+from jaxtyping import Bool, Int32, Int64, Shaped
 
 from megatron_r3.errors import RowCountError
+from megatron_r3.shard import WHOLE as WHOLE
+from megatron_r3.shard import Integers
+from megatron_r3.shard import Shard as Shard
 
 NO_ROW = -1
 """Source of a real token that has no row in the routes, such as the last of a sample."""
 PADDING = -2
 """Source of a row that is no token of any sample."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The part of the token axis that one rank holds.
-
-    Attributes:
-        cp_size: context-parallel ranks; each holds chunks ``r`` and ``2 * cp_size - 1 - r`` of
-            every sequence (the zigzag of Megatron's ``get_batch_on_this_cp_rank``).
-        cp_rank: this rank among them.
-        sp_size: tensor-parallel ranks that split the token axis (sequence parallelism), else 1.
-        sp_rank: this rank among them.
-
-    """
-
-    cp_size: int = 1
-    cp_rank: int = 0
-    sp_size: int = 1
-    sp_rank: int = 0
-
-
-WHOLE = Shard()
+FIRST_IDENTITY = 1 << 30
+"""Identities lie above every vocabulary, so that no padding token is one, and fit into int32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +42,7 @@ class LayoutPlan:
     @classmethod
     def padded(
         cls,
-        lengths: Sequence[int],
+        lengths: Integers,
         seq_length: int | None = None,
         side: Literal["right", "left"] = "right",
         shard: Shard = WHOLE,
@@ -84,8 +66,8 @@ class LayoutPlan:
                 f"sample {int(counts.argmax())} has {int(counts.max())} tokens, expected at most "
                 f"seq_length {width}: pass the padded length of the batch."
             )
-        columns = _shard_columns(np.array([width]), shard)
-        position = columns[:, None] - (width - counts if side == "left" else 0)
+        _, column = shard.rows([width])
+        position = column[:, None] - (width - counts if side == "left" else 0)
         real = (position >= 0) & (position < counts)
         sample = np.where(real, np.arange(len(counts)), -1)
         return cls(counts, _narrow(sample), _narrow(np.broadcast_to(position, real.shape)))
@@ -93,20 +75,25 @@ class LayoutPlan:
     @classmethod
     def packed(
         cls,
-        lengths: Sequence[int],
-        padded_lengths: Sequence[int] | None = None,
+        lengths: Integers,
+        padded_lengths: Integers | None = None,
         total: int | None = None,
         shard: Shard = WHOLE,
+        cp_sequences: Integers | None = None,
     ) -> LayoutPlan:
         """Plan for a packed (THD) batch ``[1, T]``.
 
         Args:
             lengths: tokens of each sample.
             padded_lengths: rows that each sample takes with its alignment padding, which stands
-                behind its tokens; by default ``lengths``.
+                behind its tokens, see :func:`aligned_lengths`; by default ``lengths``. Entries
+                behind the last sample's are padding.
             total: rows of the whole pack; what lies behind the last sample is padding. By default
                 the sum of ``padded_lengths``.
             shard: this rank's share.
+            cp_sequences: rows of each sequence that context parallelism cuts; by default each
+                sample, as Megatron does it for packs. ``[S] * rows`` where whole rows of the batch
+                are cut and flattened then (Megatron's per-sequence balancing).
 
         Raises:
             RowCountError: a sample longer than its room, or rows that the ranks cannot share.
@@ -114,24 +101,132 @@ class LayoutPlan:
         """
         counts = _checked_lengths(lengths)
         rooms = counts if padded_lengths is None else _checked_lengths(padded_lengths)
-        if len(rooms) != len(counts) or bool((rooms < counts).any()):
+        size = len(counts)
+        if len(rooms) < size or bool((rooms[:size] < counts).any()):
             raise RowCountError(
                 f"padded_lengths is {rooms.tolist()} for samples of {counts.tolist()} tokens, "
                 "expected as much room as tokens or more for each: pass both per sample."
             )
-        tail = 0 if total is None else total - int(rooms.sum())
+        rows = int(rooms.sum()) if total is None else total
+        rooms = rooms[:size]
+        tail = rows - int(rooms.sum())
         if tail < 0:
             raise RowCountError(
-                f"the pack has {total} rows, expected at least {int(rooms.sum())}, the sum of "
+                f"the pack has {rows} rows, expected at least {int(rooms.sum())}, the sum of "
                 "padded_lengths: check the lengths."
             )
-        rooms = np.append(rooms, tail)
-        row = _shard_columns(rooms, shard)
-        starts = np.cumsum(rooms) - rooms
-        owner = np.searchsorted(starts, row, side="right") - 1
-        position = row - starts[owner]
-        sample = np.where(position < np.append(counts, 0)[owner], owner, -1)
-        return cls(counts, _narrow(sample), _narrow(position))
+        if cp_sequences is None:
+            owner, position = shard.rows(rooms, tail)
+        else:
+            if sum(cp_sequences) != rows:
+                raise RowCountError(
+                    f"cp_sequences is {list(cp_sequences)}, expected sequences of {rows} rows "
+                    "together, the whole pack: name all that context parallelism cuts."
+                )
+            sequence, offset = shard.rows(cp_sequences)
+            row = (np.cumsum(cp_sequences) - cp_sequences)[sequence] + offset
+            ends = np.cumsum(rooms)
+            owner = np.searchsorted(ends, row, side="right").astype(np.int32)
+            position = _narrow(row - np.append(ends - rooms, 0)[owner])
+        real = position < np.append(counts, 0)[owner]
+        return cls(counts, np.where(real, owner, np.int32(-1)), position)
+
+    @classmethod
+    def from_map(cls, lengths: Integers, sample: Integers, position: Integers) -> LayoutPlan:
+        """Plan from a map of one's own.
+
+        Args:
+            lengths: ``[B]`` tokens of each sample.
+            sample: ``[T]`` sample of each local row, -1 for padding.
+            position: ``[T]`` position of that row's token in its sample.
+
+        Raises:
+            RowCountError: a token that no sample has, or one that stands in two rows.
+
+        """
+        counts = _checked_lengths(lengths)
+        samples, positions = np.asarray(sample), np.asarray(position)
+        for name, array in (("sample", samples), ("position", positions)):
+            if array.dtype.kind not in "iu" or array.shape != (samples.size,):
+                raise RowCountError(
+                    f"{name} is an array of shape {array.shape} and dtype {array.dtype}, expected "
+                    f"{samples.size} integers: give one for each local row."
+                )
+        real = samples >= 0
+        wrong = samples >= len(counts)
+        wrong |= real & ((positions < 0) | (positions >= counts[np.where(wrong, 0, samples)]))
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise RowCountError(
+                f"row {row} holds position {int(positions[row])} of sample {int(samples[row])}, "
+                f"expected tokens of {len(counts)} samples with lengths {counts.tolist()}, or "
+                "sample -1 for padding: mend the map."
+            )
+        plan = cls(counts, _narrow(samples), _narrow(positions))
+        index = plan.token_index()[real]
+        times = np.bincount(index, minlength=1)
+        if times.max() > 1:
+            first, second = np.flatnonzero(plan.token_index() == int(times.argmax()))[:2]
+            raise RowCountError(
+                f"rows {int(first)} and {int(second)} both hold position {int(positions[first])} "
+                f"of sample {int(samples[first])}, expected each token once: mend the map."
+            )
+        return plan
+
+    @classmethod
+    def from_identities(cls, lengths: Integers, packed: Any, shard: Shard = WHOLE) -> LayoutPlan:
+        """Plan of a batch that the caller's own packer made of :func:`token_identities`.
+
+        Args:
+            lengths: tokens of each sample.
+            packed: what the packer made of them in place of token ids: ``[B, S]``, or ``[S]`` for
+                a pack; a numpy array or a tensor on the CPU. Any other value is padding.
+            shard: what the model itself cuts from that, in general sequence parallelism alone.
+
+        Raises:
+            RowCountError: values that are no identities of these samples, or a token twice.
+
+        """
+        counts = _checked_lengths(lengths)
+        values = np.atleast_2d(np.asarray(packed))
+        if values.dtype.kind not in "iu" or values.dtype.itemsize < 4 or values.ndim != 2:
+            raise RowCountError(
+                f"the packed identities have dtype {values.dtype} and shape {values.shape}, "
+                "expected int32 or int64 [B, S] or [S]: pack them as token ids are packed."
+            )
+        _, column = shard.rows([values.shape[1]])
+        index = values.T[column].reshape(-1).astype(np.int64) - FIRST_IDENTITY
+        if len(index) and int(index.max()) >= counts.sum():
+            raise RowCountError(
+                f"the packer returned {int(index.max()) + FIRST_IDENTITY}, expected padding below "
+                f"{FIRST_IDENTITY} or one of {int(counts.sum())} identities above: pack "
+                "token_identities(lengths) of the same lengths, and nothing that changes them."
+            )
+        ends = np.cumsum(counts)
+        sample = np.searchsorted(ends, index, side="right")
+        position = index - np.append(ends - counts, 0)[sample]
+        return cls.from_map(counts, np.where(index < 0, -1, sample), position)
+
+    def unflattened(self, tokens_per_sample: int) -> LayoutPlan:
+        """The rows as MoE layers see them when ``PackedSeqParams.tokens_per_sample`` is set.
+
+        megatron-core then turns ``[mbs * S, 1]`` into ``[S, mbs]`` just before the MoE layer, from
+        the rows that are on the rank (``TransformerLayer._maybe_unflatten_for_moe``, since 0.19).
+
+        Raises:
+            RowCountError: rows that do not divide into samples of that many tokens.
+
+        """
+        samples = self.num_rows // tokens_per_sample
+        if samples <= 1:
+            return self
+        if self.num_rows % tokens_per_sample:
+            raise RowCountError(
+                f"the rank holds {self.num_rows} rows, expected a multiple of tokens_per_sample "
+                f"{tokens_per_sample}: megatron-core cannot divide them into samples either."
+            )
+        order = np.arange(self.num_rows).reshape(samples, tokens_per_sample).T.reshape(-1)
+        return LayoutPlan(self.lengths, self.sample[order], self.position[order])
 
     @property
     def num_rows(self) -> int:
@@ -156,62 +251,88 @@ class LayoutPlan:
         """
         starts = np.cumsum(self.lengths) - self.lengths
         index = starts[self.sample] + self.position
-        return np.where(self.is_padding, PADDING, index)
+        return np.asarray(np.where(self.is_padding, PADDING, index))
 
     def source_rows(
-        self, token_starts: Int64[np.ndarray, " B"], row_counts: Int64[np.ndarray, " B"]
+        self,
+        token_starts: Int64[np.ndarray, " B"],
+        row_counts: Int64[np.ndarray, " B"],
+        first_rows: Int64[np.ndarray, " B"],
     ) -> Int64[np.ndarray, " T"]:
         """Row of a ragged batch's ``values`` that belongs to each local row.
 
         Args:
             token_starts: ``[B]`` position of each sample's first row.
             row_counts: ``[B]`` rows of each sample.
+            first_rows: ``[B]`` where in ``values`` each sample's rows begin.
 
         Returns:
             ``[T]`` indices; ``NO_ROW`` where the sample has no row for that token, ``PADDING``
             where there is no token.
 
         """
-        offset = self.position - token_starts[self.sample]
-        known = (offset >= 0) & (offset < row_counts[self.sample])
-        first = np.cumsum(row_counts) - row_counts
-        source = np.where(known, first[self.sample] + offset, NO_ROW)
-        return np.where(self.is_padding, PADDING, source)
+        known = self.position < (token_starts + row_counts)[self.sample]
+        if token_starts.any():
+            known &= self.position >= token_starts[self.sample]
+        source: Int64[np.ndarray, " T"] = (first_rows - token_starts)[self.sample] + self.position
+        source[~known] = NO_ROW
+        source[self.is_padding] = PADDING
+        return source
 
-    def gather(self, local: UInt[np.ndarray, "L T k"], fill: int) -> UInt[np.ndarray, "tokens L k"]:
-        """Inverse of :func:`scatter`: local rows back in the order of the samples' tokens.
+    def scatter(self, tokens: Shaped[np.ndarray, "tokens ..."], fill: Any) -> Any:
+        """Bring what belongs to each token into the order of the local rows.
 
-        Tokens that this rank does not hold get ``fill``.
+        Args:
+            tokens: ``[ΣS, ...]`` masks, identities or whatever else, sample after sample.
+            fill: what padding rows get.
+
+        Returns:
+            ``[T, ...]`` of the same dtype.
+
         """
+        rows = np.full((self.num_rows, *tokens.shape[1:]), fill, tokens.dtype)
         index = self.token_index()
-        held = np.flatnonzero(index >= 0)
-        shape = (int(self.lengths.sum()), local.shape[0], local.shape[2])
-        tokens = np.full(shape, fill, local.dtype)
-        tokens[index[held]] = local[:, held].swapaxes(0, 1)
+        rows[index >= 0] = tokens[index[index >= 0]]
+        return rows
+
+    def gather(self, rows: Shaped[np.ndarray, "T ..."], fill: Any) -> Any:
+        """Inverse of :meth:`scatter`; tokens that this rank does not hold get ``fill``."""
+        tokens = np.full((int(self.lengths.sum()), *rows.shape[1:]), fill, rows.dtype)
+        index = self.token_index()
+        tokens[index[index >= 0]] = rows[index >= 0]
         return tokens
 
 
-def scatter(
-    values: UInt[np.ndarray, "rows L k"],
-    source: Int64[np.ndarray, " T"],
-    layers: Sequence[int],
-    fill: int,
-) -> UInt[np.ndarray, "L_local T k"]:
-    """Bring the rows ``source`` of the layers ``layers`` into a router's order.
+def aligned_lengths(
+    lengths: Integers, multiple: int, total_multiple: int = 1
+) -> Int64[np.ndarray, " B"]:
+    """Rows that samples take in a pack when each is padded to a multiple.
 
-    One index-select over whole rows of k ids; rows without a source hold ``fill``.
+    Args:
+        lengths: tokens of each sample.
+        multiple: of the rows of each sample: ``2 * cp * tp`` under context parallelism, or its
+            least common multiple with what FP8 kernels want.
+        total_multiple: of the rows of the whole pack; the last sample takes what is missing.
+
     """
-    k = values.shape[2]
-    out = np.full((len(layers), len(source), k), fill, values.dtype)
-    held = np.flatnonzero(source >= 0)
-    if held.size:
-        whole_rows = np.ascontiguousarray(values).view(np.dtype((np.void, k * values.itemsize)))
-        chosen = whole_rows[..., 0][source[held][None, :], np.asarray(layers)[:, None]]
-        out.view(whole_rows.dtype)[..., 0][:, held] = chosen
-    return out
+    counts = _checked_lengths(lengths)
+    rooms: Int64[np.ndarray, " B"] = -(-counts // multiple) * multiple
+    rooms[-1] += -int(rooms.sum()) % total_multiple
+    return rooms
 
 
-def _checked_lengths(lengths: Sequence[int]) -> Int64[np.ndarray, " B"]:
+def token_identities(lengths: Integers) -> list[Int64[np.ndarray, " length"]]:
+    """Stand-ins for the token ids of each sample that tell sample and position.
+
+    Push them through your own packer in place of token ids, and give what comes out to
+    :meth:`LayoutPlan.from_identities`.
+    """
+    counts = _checked_lengths(lengths)
+    every = FIRST_IDENTITY + np.arange(int(counts.sum()))
+    return np.split(every, np.cumsum(counts)[:-1])
+
+
+def _checked_lengths(lengths: Integers) -> Int64[np.ndarray, " B"]:
     counts = np.asarray(lengths, np.int64).reshape(-1)
     if not len(counts) or bool((counts < 0).any()):
         raise RowCountError(
@@ -219,30 +340,6 @@ def _checked_lengths(lengths: Sequence[int]) -> Int64[np.ndarray, " B"]:
             "pass one entry for each sample."
         )
     return counts
-
-
-def _shard_columns(rooms: Int64[np.ndarray, " n"], shard: Shard) -> Int64[np.ndarray, " local"]:
-    """Global columns of the token axis that this rank holds, sequences of ``rooms`` columns."""
-    parts = 2 * shard.cp_size
-    if shard.cp_size > 1 and bool((rooms % parts).any()):
-        raise RowCountError(
-            f"sequences take {rooms.tolist()} rows, expected multiples of {parts}, twice the "
-            f"context-parallel size {shard.cp_size}: pad each sequence."
-        )
-    columns = np.arange(int(rooms.sum()))
-    if shard.cp_size > 1:
-        starts = np.cumsum(rooms) - rooms
-        chunk = (columns - np.repeat(starts, rooms)) // np.repeat(
-            np.maximum(rooms // parts, 1), rooms
-        )
-        columns = columns[(chunk == shard.cp_rank) | (chunk == parts - 1 - shard.cp_rank)]
-    if len(columns) % shard.sp_size:
-        raise RowCountError(
-            f"the token axis has {len(columns)} columns, expected a multiple of {shard.sp_size}, "
-            "the ranks of sequence parallelism: pad the batch."
-        )
-    share = len(columns) // shard.sp_size
-    return columns[shard.sp_rank * share : (shard.sp_rank + 1) * share]
 
 
 def _narrow(array: np.ndarray[Any, Any]) -> Int32[np.ndarray, " T"]:
