@@ -11,6 +11,8 @@ from shared_schema.formats.vllm import from_vllm_base64 as from_vllm_base64
 from shared_schema.formats.vllm import from_vllm_native as from_vllm_native
 from shared_schema.formats.vllm import to_vllm_native as to_vllm_native
 from shared_schema.layout import RoutingLayout as RoutingLayout
+from shared_schema.merging import merge as merge
+from shared_schema.merging import splice as splice
 from shared_schema.routed_experts import RoutedExperts as RoutedExperts
 from shared_schema.routed_experts import RowStatus as RowStatus
 from shared_schema.routed_experts import Source as Source
@@ -30,5 +32,7 @@ __all__ = [
     "encode",
     "from_vllm_base64",
     "from_vllm_native",
+    "merge",
+    "splice",
     "to_vllm_native",
 ]

@@ -52,15 +52,7 @@ def from_array(
 
     """
     rows = as_numpy(array, layout)
-    layers = layers_of_axis(rows.shape[1], layout, layers)
-    index = even_slice(layout.moe_layers)
-    ids = rows[:, index] if layers == "all" else rows
-    if status is None:
-        unrecorded = marked_rows(ids, layout, zeros_are_unrecorded)
-        if unrecorded.any():
-            status = np.where(unrecorded, RowStatus.MISSING, RowStatus.RECORDED).astype(np.uint8)
-    if layers == "all":
-        _check_dense_layers(rows, layout, status)
+    ids, status = moe_rows(rows, layout, layers, status, zeros_are_unrecorded)
     return RoutedExperts(ids, layout, token_start, status)
 
 
@@ -90,11 +82,40 @@ def to_array(
     ids = routed.ids.astype(layout.dtype if dtype is None else dtype, copy=False)
     if unrecorded is not None and not routed.is_complete:
         ids = np.where(routed.recorded[:, None, None], ids, np.array(unrecorded, ids.dtype))
-    if layers == "moe" or layout.num_moe_layers == layout.num_hidden_layers:
+    return ids if layers == "moe" else spread(ids, layout)
+
+
+def spread(
+    ids: Int[np.ndarray, "T L k"], layout: RoutingLayout
+) -> Int[np.ndarray, "T num_hidden_layers k"]:
+    """Rows with a slot for every hidden layer, dense ones zero; ``ids`` if there are none."""
+    if layout.num_moe_layers == layout.num_hidden_layers:
         return ids
-    array = np.zeros((len(routed), layout.num_hidden_layers, layout.top_k), ids.dtype)
-    array[:, even_slice(layout.moe_layers)] = ids
-    return array
+    rows = np.zeros((len(ids), layout.num_hidden_layers, layout.top_k), ids.dtype)
+    rows[:, even_slice(layout.moe_layers)] = ids
+    return rows
+
+
+def moe_rows(
+    rows: Int[np.ndarray, "T layers k"],
+    layout: RoutingLayout,
+    layers: Layers | None,
+    status: UInt8[np.ndarray, " T"] | None,
+    zeros_are_unrecorded: bool,
+) -> tuple[Int[np.ndarray, "T L k"], UInt8[np.ndarray, " T"] | None]:
+    """Rows of the MoE layers, a view where these are evenly spaced, and which are known.
+
+    ``None`` as status means that all are.
+    """
+    layers = layers_of_axis(rows.shape[1], layout, layers)
+    ids = rows[:, even_slice(layout.moe_layers)] if layers == "all" else rows
+    if status is None:
+        unrecorded = marked_rows(ids, layout, zeros_are_unrecorded)
+        if unrecorded.any():
+            status = np.where(unrecorded, RowStatus.MISSING, RowStatus.RECORDED).astype(np.uint8)
+    if layers == "all":
+        _check_dense_layers(rows, layout, status)
+    return ids, status
 
 
 def as_numpy(array: Any, layout: RoutingLayout) -> Int[np.ndarray, "T layers k"]:

@@ -41,7 +41,7 @@ def array_to_base64(array: np.ndarray[Any, Any]) -> str:
 
 
 def integers_of(
-    payload: bytes | memoryview, dtype: np.dtype[Any], shape: Sequence[Any]
+    payload: bytes | bytearray | memoryview, dtype: np.dtype[Any], shape: Sequence[Any]
 ) -> np.ndarray[Any, Any]:
     """View of little-endian integers, whose size must be that of ``shape``."""
     numbers = tuple(shape)

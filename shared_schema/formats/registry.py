@@ -11,8 +11,11 @@ from typing import Any
 from shared_schema.codec import decode, encode
 from shared_schema.errors import RoutingSchemaError
 from shared_schema.formats.arrays import Layers, from_array, to_array
+from shared_schema.formats.fireworks import from_fireworks, to_fireworks
+from shared_schema.formats.nemo_rl import from_nemo_rl, to_nemo_rl
 from shared_schema.formats.nested import from_nested, to_nested
 from shared_schema.formats.sglang import from_sglang, to_sglang
+from shared_schema.formats.skyrl import from_prime_rl, from_skyrl, to_prime_rl, to_skyrl
 from shared_schema.formats.vllm import (
     dump_npy,
     from_vllm_base64,
@@ -205,6 +208,42 @@ _ALL = (
         ".b64",
         from_sglang,
         to_sglang,
+        _text,
+        str.encode,
+    ),
+    Format(
+        "skyrl",
+        "SkyRL: JSON object of data (base64), shape and dtype",
+        ".json",
+        from_skyrl,
+        to_skyrl,
+        _json,
+        _to_json,
+    ),
+    Format(
+        "prime-rl",
+        "prime-rl: JSON object of data (base64), shape, start and dtype",
+        ".json",
+        from_prime_rl,
+        to_prime_rl,
+        _json,
+        _to_json,
+    ),
+    Format(
+        "nemo-rl",
+        "NeMo RL: nrlre1:<dtype>:<shape>:<base64>, unrecorded rows -1",
+        ".txt",
+        from_nemo_rl,
+        to_nemo_rl,
+        _text,
+        str.encode,
+    ),
+    Format(
+        "fireworks",
+        "Fireworks R3V1: base64 of a zstd frame, MoE layers, gaps as a bitmap",
+        ".b64",
+        from_fireworks,
+        to_fireworks,
         _text,
         str.encode,
     ),
