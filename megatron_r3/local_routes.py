@@ -31,7 +31,8 @@ from shared_schema import (
     RowStatus,
     decode,
 )
-from shared_schema.routed_experts import check_ids_array, invalid_rows
+from shared_schema.routed_experts import check_ids_array
+from shared_schema.row_checks import invalid_rows
 
 Payload: TypeAlias = bytes | bytearray | memoryview | mmap.mmap | os.PathLike[str]
 """One sample in the wire format: its bytes, or a file, which is mapped."""

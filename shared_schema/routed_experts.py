@@ -12,8 +12,7 @@ from jaxtyping import Bool, Int, UInt, UInt8
 
 from shared_schema.errors import RoutingSchemaError
 from shared_schema.layout import RoutingLayout
-
-_IDS_IN_CACHE = 1 << 15
+from shared_schema.row_checks import invalid_rows
 
 
 class RowStatus(IntEnum):
@@ -266,7 +265,7 @@ def checked_ids(
     ``positions`` holds the position of the first row, or of every row; it serves the message.
     """
     unrecorded = status != RowStatus.RECORDED
-    bad = invalid_rows(ids, layout) & ~unrecorded
+    bad = invalid_rows(ids, layout, ~unrecorded)
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
         position = int(positions[row]) if len(positions) == len(ids) else int(positions[0]) + row
@@ -283,26 +282,6 @@ def checked_ids(
             narrow = narrow.copy()
         narrow[unrecorded] = layout.fill_id
     return narrow
-
-
-def invalid_rows(ids: Int[np.ndarray, "T L k"], layout: RoutingLayout) -> Bool[np.ndarray, " T"]:
-    """True for each row with an id outside 0 … E-1, or one twice in a layer."""
-    bad = np.zeros(len(ids), bool)
-    if not ids.size:
-        return bad
-    if ids.max() >= layout.num_experts:
-        bad |= (ids >= layout.num_experts).any((1, 2))
-    if ids.dtype.kind == "i" and ids.min() < 0:
-        bad |= (ids < 0).any((1, 2))
-    block = max(1, _IDS_IN_CACHE // max(1, ids.shape[1] * layout.top_k))
-    for first in range(0, len(ids), block):
-        rows = ids[first : first + block]
-        slots = np.ascontiguousarray(rows.reshape(-1, layout.top_k).T)
-        for distance in range(1, layout.top_k):
-            equal = slots[distance:] == slots[:-distance]
-            if equal.any():
-                bad[first : first + block] |= equal.any(0).reshape(len(rows), -1).any(1)
-    return bad
 
 
 def checked_spans(spans: Iterable[Any], start: int, stop: int) -> tuple[Span, ...]:
