@@ -2,180 +2,198 @@
 
 from __future__ import annotations
 
-import json
+import reprlib
 from typing import Any
 
 import numpy as np
-import xxhash
+from jaxtyping import Bool, UInt, UInt8
 
+from shared_schema.bit_packing import bits_per_id, pack, packed_nbytes, unpack
+from shared_schema.container import FOREIGN, Contents, Plane, integer, read, tensor, write
 from shared_schema.errors import RoutingSchemaError
 from shared_schema.layout import RoutingLayout
-from shared_schema.routed_experts import RoutedExperts
+from shared_schema.routed_experts import (
+    RoutedExperts,
+    RowStatus,
+    check_status,
+)
 
-FORMAT_MAJOR = 1
-MAX_HEADER_BYTES = 1 << 20
-_DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype("u1"), "U16": np.dtype("<u2")}
-_LENGTH_BYTES = 8
-_FOREIGN = "it is not a moe-r3 payload"
-_ALTERED = "it was cut off or altered, fetch it again"
+MAX_DECODED_BYTES = 1 << 30
+"""Default limit of what :func:`decode` allocates for ids: a million tokens of Kimi-K2."""
 
 
-def encode(routed: RoutedExperts) -> bytes:
-    """Write a safetensors file of raw ids with checksum; :func:`decode` is the inverse."""
-    fields = {
-        "version": FORMAT_MAJOR,
-        **routed.layout.to_dict(),
-        "token_start": routed.token_start,
-        "spans": [list(span) for span in routed.spans],
-    }
-    planes = {"ids": np.ascontiguousarray(routed.ids.astype(_wire_dtype(routed.layout)))}
-    if not routed.is_complete:
-        planes["status"] = np.ascontiguousarray(routed._status)
-    meta = json.dumps(fields, separators=(",", ":"))
-    header: dict[str, Any] = {}
-    end = 0
-    for name, plane in planes.items():
-        begin, end = end, end + plane.nbytes
-        dtype = "U8" if plane.dtype.itemsize == 1 else "U16"
-        header[name] = {"dtype": dtype, "shape": plane.shape, "data_offsets": [begin, end]}
-    buffers = [plane.data.cast("B") if plane.size else b"" for plane in planes.values()]
-    header["__metadata__"] = {"moe_r3": meta, "xxh3_64": _checksum(meta, *buffers)}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH_BYTES)
-    if len(text) > MAX_HEADER_BYTES:
-        raise RoutingSchemaError(
-            f"the header has {len(text)} bytes, expected at most {MAX_HEADER_BYTES}: "
-            f"merge some of the {len(routed.spans)} spans."
+def encode(routed: RoutedExperts, *, packed: bool = True) -> bytes:
+    """Write one sequence; :func:`decode` is the inverse.
+
+    Args:
+        routed: unrecorded rows cost one byte for the reason, or none where all share it.
+        packed: write ids of ceil(log2 E) bits where that is less than 8 or 16. Without it they
+            are raw, which :func:`decode` views without a copy.
+
+    Raises:
+        RoutingSchemaError: more spans than a header holds.
+
+    """
+    layout, ids, recorded = routed.layout, routed.ids, routed.recorded
+    num_carried = int(np.count_nonzero(recorded))
+    selector = _selector(recorded, num_carried)
+    if selector == "suffix":
+        ids = ids[len(ids) - num_carried :]
+    elif selector == "bitmap":
+        ids = ids[recorded]
+    bits = bits_per_id(layout.num_experts)
+    planes = {}
+    if packed and bits % 8:
+        flat = np.ascontiguousarray(ids).reshape(-1)
+        planes["packed_ids"] = Plane(
+            "U8", (packed_nbytes(ids.size, bits),), lambda out: pack(flat, bits, out)
         )
-    return b"".join([len(text).to_bytes(_LENGTH_BYTES, "little"), text, *buffers])
+    else:
+        planes["ids"] = _plane(ids, _raw_dtype(layout))
+    if selector == "bitmap":
+        planes["recorded"] = _plane(np.packbits(recorded, bitorder="little"))
+    if num_carried < len(routed):
+        reasons = routed._status[~recorded]
+        planes["status"] = _plane(reasons[:1] if (reasons == reasons[0]).all() else reasons)
+    return write(
+        {
+            **layout.to_dict(),
+            "token_start": routed.token_start,
+            "num_rows": len(routed),
+            "selector": selector,
+            "num_carried": num_carried,
+            "spans": [list(span) for span in routed.spans],
+        },
+        planes,
+    )
 
 
 def decode(
-    payload: bytes | bytearray | memoryview, expect: RoutingLayout | None = None
+    payload: bytes | bytearray | memoryview,
+    expect: RoutingLayout | None = None,
+    *,
+    max_nbytes: int = MAX_DECODED_BYTES,
 ) -> RoutedExperts:
-    """Read what :func:`encode` wrote; ids are a view into ``payload``, not a copy.
+    """Read what :func:`encode` wrote.
+
+    Raw ids of a sequence that is complete are a view into ``payload``, not a copy.
 
     Args:
         payload: the bytes, or a buffer such as a memory-mapped file.
         expect: the layout of the model at hand; a payload of another model is refused.
+        max_nbytes: the most bytes of ids to allocate. A small payload may stand for many
+            unrecorded rows.
 
     Raises:
-        RoutingSchemaError: whatever is wrong with the payload; nothing is executed, and nothing
-            larger than the payload is allocated before it is known to be whole.
+        RoutingSchemaError: whatever is wrong with the payload. Nothing is executed, and nothing
+            much larger than the payload is allocated before it is known to be whole.
 
     """
-    view = memoryview(payload).cast("B")
-    header, data = _split(view)
-    metadata = header.pop("__metadata__", None)
-    if not isinstance(metadata, dict) or not isinstance(metadata.get("moe_r3"), str):
-        raise RoutingSchemaError(
-            f"the payload's header has no moe_r3 metadata, expected one: {_FOREIGN}."
-        )
-    fields = _parse_json(metadata["moe_r3"], "the moe_r3 metadata")
-    version = fields.get("version")
-    if version != FORMAT_MAJOR:
-        raise RoutingSchemaError(
-            f"the payload has format version {version!r}, expected {FORMAT_MAJOR}: "
-            "read it with a newer moe-r3."
-        )
-    planes = _planes(header, data)
-    stored, seen = metadata.get("xxh3_64"), _checksum(metadata["moe_r3"], data)
-    if stored != seen:
-        raise RoutingSchemaError(
-            f"the payload's checksum is {seen}, expected {stored}: it was altered, fetch it again."
-        )
-    layout = RoutingLayout.from_dict(fields)
+    contents = read(payload)
+    fields = contents.fields
+    layout = _layout(fields)
     if expect is not None:
         expect.require_same(layout, "the payload")
-    if "ids" not in planes or planes["ids"].dtype != _wire_dtype(layout):
+    start, num_rows = integer(fields, "token_start"), integer(fields, "num_rows")
+    num_carried = integer(fields, "num_carried")
+    selector = fields.get("selector")
+    is_view = "ids" in contents.tensors and selector == "all"
+    nbytes = num_rows * layout.row_nbytes
+    if nbytes > max_nbytes and not is_view:
         raise RoutingSchemaError(
-            f"the payload has tensors {sorted(planes)}, expected ids in {layout.dtype} for "
-            f"{layout.num_experts} experts: {_FOREIGN}."
+            f"the payload stands for {nbytes} bytes of ids, expected at most {max_nbytes}: pass a "
+            "larger max_nbytes to decode if it is meant to be that long."
         )
-    spans = fields.get("spans", ())
+    ids = _carried_ids(contents, layout, num_carried)
+    recorded = _recorded(contents, selector, num_rows, num_carried)
+    status = np.zeros(num_rows, np.uint8)
+    if num_carried < num_rows:
+        carried = ids
+        ids = np.full((num_rows, *carried.shape[1:]), layout.fill_id, layout.dtype)
+        ids[recorded] = carried
+        status[~recorded] = _reasons(contents, num_rows - num_carried)
+    spans = fields.get("spans")
     if not isinstance(spans, list):
-        raise RoutingSchemaError(f"spans is {spans!r}, expected a list: {_FOREIGN}.")
-    return RoutedExperts(
-        planes["ids"],
-        layout,
-        fields.get("token_start", 0),
-        planes.get("status"),
-        tuple(spans),
+        raise RoutingSchemaError(f"spans is {reprlib.repr(spans)}, expected a list: {FOREIGN}.")
+    return RoutedExperts(ids, layout, start, status, tuple(spans))
+
+
+def _selector(recorded: Bool[np.ndarray, " T"], num_carried: int) -> str:
+    if num_carried == len(recorded):
+        return "all"
+    return "suffix" if recorded[len(recorded) - num_carried :].all() else "bitmap"
+
+
+def _plane(array: np.ndarray[Any, Any], dtype: str = "U8") -> Plane:
+    def fill(out: UInt8[np.ndarray, " nbytes"]) -> None:
+        np.copyto(out.view("u1" if dtype == "U8" else "<u2").reshape(array.shape), array)
+
+    return Plane(dtype, array.shape, fill)
+
+
+def _raw_dtype(layout: RoutingLayout) -> str:
+    return "U8" if layout.dtype.itemsize == 1 else "U16"
+
+
+def _layout(fields: dict[str, Any]) -> RoutingLayout:
+    layers = fields.get("moe_layers")
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise RoutingSchemaError(
+            f"moe_layers is {reprlib.repr(layers)}, expected a list of integers: {FOREIGN}."
+        )
+    sizes = {name: integer(fields, name) for name in ("num_experts", "top_k", "num_hidden_layers")}
+    return RoutingLayout(moe_layers=tuple(layers), **sizes)
+
+
+def _carried_ids(
+    contents: Contents, layout: RoutingLayout, num_carried: int
+) -> UInt[np.ndarray, "R L k"]:
+    shape = (num_carried, layout.num_moe_layers, layout.top_k)
+    bits = bits_per_id(layout.num_experts)
+    if ("ids" in contents.tensors) == ("packed_ids" in contents.tensors):
+        raise RoutingSchemaError(
+            f"the payload has tensors {reprlib.repr(sorted(contents.tensors))}, expected one of "
+            f"ids and packed_ids: {FOREIGN}."
+        )
+    if "ids" in contents.tensors:
+        return tensor(contents, "ids", _raw_dtype(layout), shape)
+    if bits % 8 == 0:
+        raise RoutingSchemaError(
+            f"the payload has packed_ids of {bits} bits, expected raw ids for "
+            f"{layout.num_experts} experts: {FOREIGN}."
+        )
+    num_ids = num_carried * layout.num_moe_layers * layout.top_k
+    stream = tensor(contents, "packed_ids", "U8", (packed_nbytes(num_ids, bits),))
+    return unpack(stream, bits, num_ids).reshape(shape)
+
+
+def _recorded(
+    contents: Contents, selector: Any, num_rows: int, num_carried: int
+) -> Bool[np.ndarray, " T"]:
+    if selector == "all" and num_carried == num_rows:
+        return np.ones(num_rows, bool)
+    if selector == "suffix" and num_carried < num_rows:
+        recorded = np.ones(num_rows, bool)
+        recorded[: num_rows - num_carried] = False
+        return recorded
+    if selector == "bitmap" and num_carried < num_rows:
+        bitmap = tensor(contents, "recorded", "U8", (-(-num_rows // 8),))
+        recorded = np.unpackbits(bitmap, bitorder="little").view(bool)
+        if np.count_nonzero(recorded) == np.count_nonzero(recorded[:num_rows]) == num_carried:
+            return recorded[:num_rows]
+    raise RoutingSchemaError(
+        f"selector is {reprlib.repr(selector)} with {num_carried} of {num_rows} rows carried, "
+        f"expected all of them, or fewer by suffix or bitmap: {FOREIGN}."
     )
 
 
-def _split(view: memoryview) -> tuple[dict[str, Any], memoryview]:
-    if len(view) < _LENGTH_BYTES:
+def _reasons(contents: Contents, num_unrecorded: int) -> UInt8[np.ndarray, " n"]:
+    shape = contents.tensors.get("status", ({}, None))[0].get("shape")
+    reasons = tensor(contents, "status", "U8", (1,) if shape == [1] else (num_unrecorded,))
+    reasons = check_status(reasons, len(reasons))
+    if not reasons.all():
         raise RoutingSchemaError(
-            f"the payload has {len(view)} bytes, expected at least {_LENGTH_BYTES}: {_ALTERED}."
+            f"status calls a row that is not carried {RowStatus.RECORDED.name}, expected the "
+            f"reason: {FOREIGN}."
         )
-    length = int.from_bytes(view[:_LENGTH_BYTES], "little")
-    if length > MAX_HEADER_BYTES:
-        raise RoutingSchemaError(
-            f"the payload declares a header of {length} bytes, expected at most "
-            f"{MAX_HEADER_BYTES}: {_FOREIGN}."
-        )
-    if _LENGTH_BYTES + length > len(view):
-        raise RoutingSchemaError(
-            f"the payload has {len(view)} bytes, expected {_LENGTH_BYTES + length} for its header "
-            f"alone: {_ALTERED}."
-        )
-    text = bytes(view[_LENGTH_BYTES : _LENGTH_BYTES + length])
-    return _parse_json(text, "the payload's header"), view[_LENGTH_BYTES + length :]
-
-
-def _parse_json(text: str | bytes, what: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RoutingSchemaError(f"{what} is not JSON ({error}): {_FOREIGN}.") from None
-    if not isinstance(value, dict):
-        raise RoutingSchemaError(f"{what} is a {type(value).__name__}, expected an object.")
-    return value
-
-
-def _planes(header: dict[str, Any], data: memoryview) -> dict[str, np.ndarray[Any, Any]]:
-    """Views of the tensors; they must fill the data section without hole or overlap."""
-    planes = {}
-    position = 0
-    try:
-        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        for name, entry in entries:
-            dtype = _DTYPES[entry["dtype"]]
-            shape = [int(n) for n in entry["shape"]]
-            begin, end = (int(n) for n in entry["data_offsets"])
-            size = dtype.itemsize
-            for n in shape:
-                size *= n
-            if begin != position or end - begin != size or min(shape, default=0) < 0:
-                raise ValueError(f"tensor {name} lies at {begin}:{end} for {size} bytes")
-            if end > len(data):
-                raise RoutingSchemaError(
-                    f"the payload holds {len(data)} bytes of data, expected {end} for {name}: "
-                    f"{_ALTERED}."
-                )
-            planes[name] = np.frombuffer(data[begin:end], dtype).reshape(shape)
-            position = end
-    except RoutingSchemaError:
-        raise
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise RoutingSchemaError(
-            f"the payload's tensors are malformed ({error!r}), expected safetensors entries of "
-            f"type {' or '.join(_DTYPES)}: {_FOREIGN}."
-        ) from None
-    if position != len(data):
-        raise RoutingSchemaError(
-            f"the payload holds {len(data)} bytes of data, expected {position}: {_ALTERED}."
-        )
-    return planes
-
-
-def _checksum(meta: str, *buffers: bytes | memoryview) -> str:
-    digest = xxhash.xxh3_64(meta.encode("utf-8", "surrogatepass"))
-    for buffer in buffers:
-        digest.update(buffer)
-    return digest.hexdigest()
-
-
-def _wire_dtype(layout: RoutingLayout) -> np.dtype[Any]:
-    return layout.dtype.newbyteorder("<")
+    return reasons
