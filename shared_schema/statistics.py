@@ -18,6 +18,7 @@ from shared_schema.layout import RoutingLayout
 from shared_schema.routed_experts import RoutedExperts
 
 _ROWS_AT_ONCE = 4096
+_ROWS_OF_A_SHIFT = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,30 +189,70 @@ def agreement(a: RoutedExperts, b: RoutedExperts) -> Agreement:
 
     """
     a.layout.require_same(b.layout, "the second routing")
-    start, stop = max(a.token_start, b.token_start), min(a.token_stop, b.token_stop)
-    if start >= stop:
+    at_a, at_b = _common_rows(a, b)
+    if not len(at_a):
         raise RoutingSchemaError(
-            f"the routings hold positions {_range(a)} and {_range(b)}, expected some in common: "
-            "check token_start."
+            f"the routings hold {_extent(a)} and {_extent(b)}, expected positions that both "
+            "recorded: check token_start, and the status of the rows."
         )
-    a, b = (r[start - r.token_start : stop - r.token_start] for r in (a, b))
-    both = a.recorded & b.recorded
-    if not both.any():
-        raise RoutingSchemaError(
-            f"none of the positions {start} … {stop - 1} is recorded in both routings, expected "
-            "some: the status of the rows says why."
-        )
-    ids_a, ids_b = a.ids[both], b.ids[both]
+    ids_a, ids_b = a.ids[at_a], b.ids[at_b]
     return Agreement(
         a.layout,
-        start + np.flatnonzero(both),
+        a.token_start + at_a,
         num_shared(ids_a, ids_b),
         np.asarray((ids_a == ids_b).all(-1)),
     )
 
 
-def _range(routed: RoutedExperts) -> str:
-    return f"{routed.token_start} … {routed.token_stop - 1}" if len(routed) else "none"
+def shifted_agreement(
+    a: RoutedExperts, b: RoutedExperts, max_rows: int = 2, max_layers: int = 1
+) -> dict[tuple[int, int], float]:
+    """Share of equal sets when ``b`` is taken to be wrong by some rows and MoE layers.
+
+    Real routings that agree best when shifted are off by one somewhere. Looks at up to 1,024
+    positions of each shift.
+
+    Returns:
+        the share by ``(rows, layers)``: the row of ``b`` at position p is compared with that of
+        ``a`` at ``p + rows``, its layer i with layer ``i + layers``. Shifts without anything in
+        common are left out.
+
+    """
+    a.layout.require_same(b.layout, "the second routing")
+    num_layers = a.layout.num_moe_layers
+    found = {}
+    for rows in range(-max_rows, max_rows + 1):
+        at_a, at_b = _common_rows(a, b, rows)
+        at_a, at_b = at_a[:_ROWS_OF_A_SHIFT], at_b[:_ROWS_OF_A_SHIFT]
+        for layers in range(-min(max_layers, num_layers - 1), min(max_layers, num_layers - 1) + 1):
+            if len(at_a):
+                of_a = slice(max(0, layers), num_layers + min(0, layers))
+                of_b = slice(max(0, -layers), num_layers + min(0, -layers))
+                shared = num_shared(a.ids[at_a, of_a], b.ids[at_b, of_b])
+                found[rows, layers] = float((shared == a.layout.top_k).mean())
+    return found
+
+
+def _common_rows(
+    a: RoutedExperts, b: RoutedExperts, shift: int = 0
+) -> tuple[Int64[np.ndarray, " N"], Int64[np.ndarray, " N"]]:
+    """Rows of ``a`` and of ``b``, moved by ``shift``, that are at one position and recorded."""
+    begin_b = b.token_start + shift
+    positions = np.arange(
+        max(a.token_start, begin_b), max(0, min(a.token_stop, b.token_stop + shift))
+    )
+    at_a, at_b = positions - a.token_start, positions - begin_b
+    both = a.recorded[at_a] & b.recorded[at_b]
+    return at_a[both], at_b[both]
+
+
+def _extent(routed: RoutedExperts) -> str:
+    if not len(routed):
+        return "no rows"
+    return (
+        f"positions {routed.token_start} … {routed.token_stop - 1} "
+        f"({int(routed.recorded.sum())} recorded)"
+    )
 
 
 def _coded_bits(routed: RoutedExperts, load: Int64[np.ndarray, "L E"]) -> Float64[np.ndarray, " L"]:

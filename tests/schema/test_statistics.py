@@ -14,6 +14,7 @@ from shared_schema.statistics import (
     agreement,
     even_bits_per_id,
     routing_statistics,
+    shifted_agreement,
 )
 
 from .strategies import distinct_ids, layouts, routed_experts
@@ -107,7 +108,7 @@ def test_agreement_compares_sets_and_order_where_both_are_recorded(data):
         if a.recorded[i] and b.recorded[j]:
             expected[position] = (a.ids[i].tolist(), b.ids[j].tolist())
     if not expected:
-        with pytest.raises(RoutingSchemaError, match="expected some"):
+        with pytest.raises(RoutingSchemaError, match="expected positions"):
             agreement(a, b)
         return
     found = agreement(a, b)
@@ -129,14 +130,33 @@ def test_agreement_of_more_rows_than_fit_one_block():
     assert np.argwhere(~found.same_order).tolist() == [[4999, 1]]
 
 
+@pytest.mark.parametrize("shift", [(0, 0), (1, 0), (-2, 0), (0, 1), (0, -1), (1, -1)])
+def test_a_shift_of_rows_or_layers_is_found(shift):
+    rows, layers = shift
+    layout = RoutingLayout(32, 4, tuple(range(6)), 6)
+    ids = distinct_ids(np.random.default_rng(0), 60, layout)
+    a = RoutedExperts(ids[10:50], layout, 10)
+    b = RoutedExperts(np.roll(ids, layers and -layers, 1)[10 + rows : 50 + rows], layout, 10)
+    shares = shifted_agreement(a, b)
+    assert len(shares) == 15
+    assert shares.pop(shift) == 1
+    assert max(shares.values()) < 0.1
+
+
+def test_shifts_of_one_layer_and_one_row_have_nothing_else_to_try():
+    layout = RoutingLayout(8, 2, (0,), 1)
+    one = RoutedExperts(np.array([[[0, 1]]], np.uint8), layout)
+    assert shifted_agreement(one, one) == {(0, 0): 1.0}
+
+
 def test_routings_that_cannot_be_compared_are_refused():
     layout = RoutingLayout(8, 2, (0,), 1)
     ids = distinct_ids(np.random.default_rng(0), 4, layout)
     a = RoutedExperts(ids, layout)
-    with pytest.raises(RoutingSchemaError, match=r"0 … 3 and 9 … 12, expected some in common"):
+    with pytest.raises(RoutingSchemaError, match=r"0 … 3 \(4 recorded\) and positions 9 … 12"):
         agreement(a, RoutedExperts(ids, layout, token_start=9))
     lost = np.full(4, RowStatus.STEP_LOST, np.uint8)
-    with pytest.raises(RoutingSchemaError, match="recorded in both"):
+    with pytest.raises(RoutingSchemaError, match=r"\(0 recorded\), expected positions that both"):
         agreement(a, RoutedExperts(ids, layout, status=lost))
     other = RoutedExperts(ids, RoutingLayout(9, 2, (0,), 1))
     for compare in (lambda: agreement(a, other), lambda: routing_statistics([a, other])):

@@ -1,0 +1,133 @@
+"""Say where two routings of the same tokens agree.
+
+Rows are matched by position; those that only one side recorded are left out. Two routings agree in
+a layer when they chose the same set of experts; whether in the same order is told apart. Exit
+status 1 means that a set differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shared_schema.cli.files import add_reading_arguments, read_all
+from shared_schema.cli.terminal import escape, percent, print_json, show, table
+from shared_schema.statistics import Agreement, agreement, shifted_agreement
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_PARTS = 12
+_CLEARLY = 0.1
+
+EPILOG = """\
+examples:
+  r3 compare rollout.safetensors trainer.safetensors
+  r3 compare rollout.safetensors trainer.safetensors --plot agreement.png
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``r3 compare``."""
+    parser.add_argument("a", type=Path, metavar="A")
+    parser.add_argument("b", type=Path, metavar="B")
+    add_reading_arguments(parser)
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw layers against positions")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare; 1 if any set of experts differs."""
+    a, b = read_all([arguments.a, arguments.b], arguments)
+    found = agreement(a, b)
+    shifts = shifted_agreement(a, b)
+    best = max(shifts, key=lambda shift: (shifts[shift], shift == (0, 0)))
+    shifted = best != (0, 0) and shifts[best] > shifts.get((0, 0), 0) + _CLEARLY
+    if arguments.plot is not None:
+        from shared_schema.cli.plots import draw_agreement
+
+        draw_agreement(arguments.plot, found)
+    if arguments.json:
+        print_json(
+            {
+                "a": str(arguments.a),
+                "b": str(arguments.b),
+                **_total(found),
+                "layers": _by_layer(found),
+                "positions": _by_position(found),
+                "best_shift": {"rows": best[0], "layers": best[1], "same_set": shifts[best]},
+            }
+        )
+    else:
+        _show(arguments, found)
+        if shifted:
+            show(
+                f"[yellow]B shifted by {best[0]:+d} rows and {best[1]:+d} MoE layers fits better: "
+                f"{percent(shifts[best])} the same[/yellow]"
+            )
+    return int(not found.same_set.all())
+
+
+def _total(found: Agreement) -> dict[str, Any]:
+    return {
+        "rows": len(found.positions),
+        "same_set": found.same_set.mean(),
+        "same_order": found.same_order.mean(),
+        "shared_experts": found.shared.mean() / found.layout.top_k,
+        "rows_that_differ": (~found.same_set.all(1)).mean(),
+    }
+
+
+def _by_layer(found: Agreement) -> list[dict[str, Any]]:
+    return [
+        {
+            "layer": layer,
+            "same_set": found.same_set[:, i].mean(),
+            "same_order": found.same_order[:, i].mean(),
+            "shared_experts": found.shared[:, i].mean() / found.layout.top_k,
+        }
+        for i, layer in enumerate(found.layout.moe_layers)
+    ]
+
+
+def _by_position(found: Agreement) -> list[dict[str, Any]]:
+    """The rows in order, in up to twelve parts of equal size."""
+    number = len(found.positions)
+    return [
+        {
+            "start": int(found.positions[rows[0]]),
+            "stop": int(found.positions[rows[-1]]) + 1,
+            "same_set": found.same_set[rows].mean(),
+            "same_order": found.same_order[rows].mean(),
+            "shared_experts": found.shared[rows].mean() / found.layout.top_k,
+            "rows_that_differ": (~found.same_set[rows].all(1)).mean(),
+        }
+        for rows in np.array_split(np.arange(number), min(number, _PARTS))
+    ]
+
+
+def _show(arguments: argparse.Namespace, found: Agreement) -> None:
+    total = _total(found)
+    layers = table("layer", "same set", "same order", "shared experts")
+    for part in _by_layer(found):
+        _add(layers, str(part["layer"]), part)
+    positions = table("positions", "same set", "same order", "shared experts", "rows that differ")
+    for part in _by_position(found):
+        _add(positions, f"{part['start']}-{part['stop'] - 1}", part)
+    show(
+        f"A {escape(arguments.a)}",
+        f"B {escape(arguments.b)}",
+        f"{total['rows']:,} rows of {found.layout.num_moe_layers} MoE layers recorded in both",
+        f"the same set of experts in {percent(total['same_set'])} of the choices, "
+        f"in the same order in {percent(total['same_order'])}",
+        f"rows that differ in some layer: {percent(total['rows_that_differ'])}",
+        layers,
+        positions,
+    )
+
+
+def _add(to: Table, name: str, part: dict[str, Any]) -> None:
+    columns = ("same_set", "same_order", "shared_experts", "rows_that_differ")
+    to.add_row(name, *(percent(part[c]) for c in columns if c in part))
