@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int32, Int64, UInt
+from jaxtyping import Bool, UInt
 
 from megatron_r3.errors import ReplayStateError
 from megatron_r3.frames import Frame
@@ -43,13 +43,15 @@ def gather_recorded(chunks: Chunks, layout: RoutingLayout, groups: Groups) -> Ro
             f"the chunks of this rank recorded {sorted(counts)} micro-batches, expected as many "
             "in each: call feed() for every chunk."
         )
-    layers = np.array([layer for held, _ in chunks for layer in held], np.int32)
-    batches = []
+    layers = [layer for held, _ in chunks for layer in held]
+    parts = []
     missing: list[str] = []
+    lengths = []
     for frames in zip(*(frames for _, frames in chunks), strict=True):
         tokens, held = _whole_tokens(frames, len(layers), layout, groups)
         values, found = _whole_layers(tokens, layers, layout, groups)
-        batches.append(_batch(values, frames[0].plan.lengths, layout))
+        parts.append(values)
+        lengths.append(frames[0].plan.lengths)
         if not (held.all() and found.all()):
             missing.append(
                 f"{int((~held).sum())} tokens of micro-batch {frames[0].micro_batch} and the MoE "
@@ -60,7 +62,13 @@ def gather_recorded(chunks: Chunks, layout: RoutingLayout, groups: Groups) -> Ro
             f"no rank recorded {missing[0]}, expected each token and layer on some rank: give feed "
             "the plan of what this rank holds, and attach to all routers."
         )
-    return RoutedExpertsBatch.concat(batches)
+    rows = np.concatenate(lengths)
+    return RoutedExpertsBatch(
+        np.concatenate(parts),
+        np.concatenate([np.zeros(1, np.int64), np.cumsum(rows)]),
+        layout,
+        spans=tuple((Span(0, int(n), Source.TRAINER),) if n else () for n in rows),
+    )
 
 
 def _whole_tokens(
@@ -85,7 +93,7 @@ def _whole_tokens(
 
 def _whole_layers(
     tokens: UInt[np.ndarray, "tokens L_local k"],
-    layers: Int32[np.ndarray, " L_local"],
+    layers: Sequence[int],
     layout: RoutingLayout,
     groups: Groups,
 ) -> tuple[UInt[np.ndarray, "tokens L k"], Bool[np.ndarray, " L"]]:
@@ -93,7 +101,7 @@ def _whole_layers(
     values = np.empty((len(tokens), layout.num_moe_layers, layout.top_k), layout.dtype)
     found = np.zeros(layout.num_moe_layers, bool)
     parts = zip(
-        all_gathered(torch.from_numpy(layers), groups.pipeline),
+        all_gathered(torch.tensor(layers, dtype=torch.int32), groups.pipeline),
         all_gathered(torch.from_numpy(tokens.view(np.uint8)), groups.pipeline),
         strict=True,
     )
@@ -103,16 +111,3 @@ def _whole_layers(
         values[:, held] = their_tokens.view(layout.dtype).reshape(shape)
         found[held] = True
     return values, found
-
-
-def _batch(
-    values: UInt[np.ndarray, "tokens L k"],
-    lengths: Int64[np.ndarray, " B"],
-    layout: RoutingLayout,
-) -> RoutedExpertsBatch:
-    return RoutedExpertsBatch(
-        values,
-        np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-        layout,
-        spans=tuple((Span(0, int(n), Source.TRAINER),) if n else () for n in lengths),
-    )
