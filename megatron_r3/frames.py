@@ -60,16 +60,18 @@ class Frame:
     """Experts of one micro-batch for the routers of one chunk, in the order of their rows.
 
     Attributes:
-        ids: ``[L_local, T, k]`` on the routers' device, in the layout's narrow dtype. A router
-            writes its own choice into the native rows, so that a recompute repeats it.
+        ids: ``[L_local, T, k]`` on the routers' device, in the layout's narrow dtype; recording,
+            the routers write it.
         kinds: ``[T]`` a :class:`RowKind` for each row, on the host.
         native_rows: ``[N]`` int64 on the device, the rows that route natively; ``None`` where all
             do (recording).
         uncounted_rows: ``[N]`` int64 on the device, the rows that the expert bias leaves out;
             ``None`` where it counts all.
+        native_choice: ``[N, k]`` int64 for each local router, what it chose in its native rows, so
+            that a recompute repeats it.
         plan: what each row is.
         micro_batch: its number in the schedule, for messages.
-        agreement: ``[L_local, 3]`` float64 sums over replayed rows, see
+        agreement: ``[L_local, 3]`` float32 sums over replayed rows, see
             :func:`~megatron_r3.metrics.sample_agreement`; ``None`` where this micro-batch is not
             sampled.
         replayed: ``[T]`` bool on the device, True for replayed rows; only where sampled.
@@ -86,10 +88,12 @@ class Frame:
     uncounted_rows: torch.Tensor | None = None
     agreement: torch.Tensor | None = None
     replayed: torch.Tensor | None = None
+    native_choice: list[torch.Tensor | None] = field(init=False)
     forwards: list[int] = field(init=False)
     recomputes: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.native_choice = [None] * len(self.ids)
         self.forwards = [0] * len(self.ids)
         self.recomputes = [0] * len(self.ids)
 
@@ -219,7 +223,7 @@ class Frame:
             **dict(zip(marks, parts, strict=True)),
         )
         if sample_agreement:
-            frame.agreement = torch.zeros(len(ids), 3, dtype=torch.float64, device=ids.device)
+            frame.agreement = torch.zeros(len(ids), 3, device=ids.device)
         return frame
 
     @property
@@ -234,4 +238,4 @@ class Frame:
 
     def release(self) -> None:
         """Give the device memory back; counters and what is on the host stay."""
-        del self.ids, self.native_rows, self.uncounted_rows, self.replayed
+        del self.ids, self.native_rows, self.native_choice, self.uncounted_rows, self.replayed

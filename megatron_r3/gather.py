@@ -52,11 +52,13 @@ def gather_recorded(chunks: Chunks, layout: RoutingLayout, groups: Groups) -> Ro
         values, found = _whole_layers(tokens, layers, layout, groups)
         parts.append(values)
         lengths.append(frames[0].plan.lengths)
-        if not (held.all() and found.all()):
+        if not held.all():
             missing.append(
-                f"{int((~held).sum())} tokens of micro-batch {frames[0].micro_batch} and the MoE "
-                f"layers with indices {np.flatnonzero(~found).tolist()}"
+                f"{int((~held).sum())} of the {len(held)} tokens of micro-batch "
+                f"{frames[0].micro_batch}"
             )
+        if not found.all():
+            missing.append(f"the MoE layers with indices {np.flatnonzero(~found).tolist()}")
     if missing:  # after the last collective, so that no rank waits for another
         raise ReplayStateError(
             f"no rank recorded {missing[0]}, expected each token and layer on some rank: give feed "

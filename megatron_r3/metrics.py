@@ -87,12 +87,11 @@ def sample_agreement(
     """
     assert frame.agreement is not None
     assert frame.replayed is not None
-    same = (own[:, :, None] == indices[:, None, :]).any(1)
-    first = own.gather(1, values.argmax(1, keepdim=True))
-    mass = _probabilities(router, scores).gather(1, indices)
-    sums = [same.sum(1), mass.sum(1), (first == indices).any(1)]
-    rows = torch.stack([column.double() for column in sums], 1)
-    frame.agreement[layer] = rows.mul_(frame.replayed[:, None]).sum(0)
+    route = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, indices, True)
+    same = route.gather(1, own) & frame.replayed[:, None]
+    first = same.gather(1, values.argmax(1, keepdim=True))
+    mass = _probabilities(router, scores).gather(1, indices).mul_(frame.replayed[:, None])
+    frame.agreement[layer] = torch.stack([same.sum(), mass.sum(), first.sum()])
 
 
 def _probabilities(router: Any, scores: torch.Tensor) -> torch.Tensor:

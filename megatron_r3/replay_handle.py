@@ -162,33 +162,32 @@ class ReplayHandle(RouterReplay):
                 f"expected the {frame.num_rows} that feed() was told of: give feed the "
                 "seq_length of the padded batch, or a plan."
             )
-        ids = frame.ids[self.layer]
-        if recompute:
-            return ids.long()
         # Detached, since the native choice must not save tensors that a recompute does not save.
-        scores = scores.detach()
-        rows = frame.native_rows
+        ids, rows, scores = frame.ids[self.layer], frame.native_rows, scores.detach()
+        own: torch.Tensor
         if rows is None:
-            indices: torch.Tensor = native(scores)[1]
-            ids.copy_(indices)
-            return indices
+            if recompute:
+                return ids.long()
+            own = native(scores)[1]
+            ids.copy_(own)
+            return own
         indices = ids.long()
-        if frame.agreement is not None:
+        chosen: torch.Tensor | None = None
+        if recompute:
+            chosen = frame.native_choice[self.layer]
+        elif frame.agreement is not None:
             values, own = native(scores)
             chosen = own.index_select(0, rows)
-        elif not len(rows):
-            return indices
         elif grouped:
             # The group-limited choice is bound to the number of rows of the router's call.
-            chosen = native(scores)[1].index_select(0, rows)
-        else:
+            chosen = native(scores)[1].index_select(0, rows) if len(rows) else None
+        elif len(rows):
             chosen = native(scores.index_select(0, rows))[1]
-        indices.index_copy_(0, rows, chosen)
-        if frame.agreement is not None:
+        if chosen is not None:
+            frame.native_choice[self.layer] = chosen
+            indices.index_copy_(0, rows, chosen)
+        if not recompute and frame.agreement is not None:
             sample_agreement(frame, self.layer, self.router(), scores, values, own, indices)
-        # Through a signed view, since torch cannot copy by index into uint16.
-        signed = ids if ids.dtype == torch.uint8 else ids.view(torch.int16)
-        signed.index_copy_(0, rows, chosen.to(signed.dtype))
         return indices
 
     def __reduce__(self) -> tuple[Any, ...]:

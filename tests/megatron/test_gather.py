@@ -184,6 +184,6 @@ def test_gathering_names_what_no_rank_recorded(world_of_one: None) -> None:
         controller.feed(model, plan=half)
         forward(model, batch)
     with pytest.raises(
-        megatron_r3.ReplayStateError, match="no rank recorded 15 tokens of micro-batch 0"
+        megatron_r3.ReplayStateError, match="no rank recorded 12 of the 24 tokens of micro-batch 0"
     ):
         recording.gather()
