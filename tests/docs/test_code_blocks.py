@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.run_blocks import SETUP, python_blocks
+from tests.docs.run_blocks import SETUP, code_blocks
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
     page
     for page in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-    if python_blocks(page.read_text())
+    if code_blocks(page.read_text())
 ]
 
 
@@ -29,7 +29,7 @@ def run_blocks(page: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_python_block_runs(page: Path) -> None:
+def test_every_block_runs(page: Path) -> None:
     finished = run_blocks(page)
     assert finished.returncode == 0, finished.stderr
 
@@ -42,6 +42,9 @@ def test_every_setup_belongs_to_a_page() -> None:
 WRONG = {
     "a block that raises": "```python\nx = 1\n```\ntext\n```python\nassert x == 2\n```\n",
     "a syntax error": "<!-- not run: needs a GPU -->\n```python\nf(a=1, ...)\n```\n",
+    "a command that prints something else": "```console\n$ r3 inspect absent\nall is well\n```\n",
+    "a command that does not exist": "```console\n$ r3 dance\n...\n```\n",
+    "a program that is not ours": "```console\n$ true\n```\n",
     "no reason": "<!-- not run: -->\n```python\nraise SystemExit(1)\n```\n",
     "a name we do not have": (
         "<!-- not run: needs a GPU -->\n```python\nfrom shared_schema import nothing\n```\n"

@@ -1,0 +1,4 @@
+import os
+import tempfile
+
+os.chdir(tempfile.mkdtemp())
