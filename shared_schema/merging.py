@@ -66,10 +66,9 @@ def merge(
 
     A rollout that was aborted and resumed: keep what sampled each token.
 
-    >>> from shared_schema import Span
-    >>> first = RoutedExperts(ids, layout, spans=(Span(0, 4, weight_version="7"),))
-    >>> again = RoutedExperts(ids[[0, 1, 3, 2, 0]], layout, spans=(Span(0, 5, weight_version="8"),))
-    >>> whole = merge([first, again], on_conflict="as_generated")
+    >>> aborted = RoutedExperts(ids, layout).with_origin("7")
+    >>> resumed = RoutedExperts(ids[[0, 1, 3, 2, 0]], layout).with_origin("8")
+    >>> whole = merge([aborted, resumed], on_conflict="as_generated")
     >>> [(span.start, span.stop, span.weight_version) for span in whole.spans]
     [(0, 4, '7'), (4, 5, '8')]
 

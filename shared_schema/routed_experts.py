@@ -156,6 +156,20 @@ class RoutedExperts:
             clip_spans(self.spans, start, stop),
         )
 
+    def with_origin(
+        self, weight_version: str | None = None, source: Source = Source.ROLLOUT
+    ) -> RoutedExperts:
+        """The same rows, all from ``source`` and the weights ``weight_version``, without a copy.
+
+        Engines return rows without them; say it before rows of several calls are merged.
+        """
+        spans = checked_spans(
+            [(self.token_start, self.token_stop, source, weight_version)] if len(self) else (),
+            self.token_start,
+            self.token_stop,
+        )
+        return RoutedExperts.trusted(self.ids, self.layout, self.token_start, self._status, spans)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RoutedExperts):
             return NotImplemented
@@ -241,7 +255,7 @@ def check_status(status: Any, num_rows: int) -> UInt8[np.ndarray, " T"]:
     if status is None:
         return np.zeros(num_rows, np.uint8)
     array = np.asarray(status)
-    if array.shape != (num_rows,) or array.dtype.kind not in "iub":
+    if array.shape != (num_rows,) or array.dtype.kind not in "iu":
         raise RoutingSchemaError(
             f"status is {describe(status)}, expected {num_rows} RowStatus values: give one for "
             "each row."

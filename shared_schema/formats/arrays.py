@@ -181,10 +181,10 @@ def marked_rows(
     marked = np.zeros(len(ids), bool)
     largest = int(np.iinfo(ids.dtype).max)
     if ids.dtype.kind == "i":
-        marked |= _rows_of(ids, -1)
+        marked |= rows_of(ids, -1)
     if largest >= layout.num_experts:
-        marked |= _rows_of(ids, largest)
-    zeros = _rows_of(ids, 0)
+        marked |= rows_of(ids, largest)
+    zeros = rows_of(ids, 0)
     if zeros.any() and layout.top_k == 1:
         raise RoutingSchemaError(
             f"{int(zeros.sum())} rows, the first of them row {int(zeros.argmax())}, are zero in "
@@ -205,11 +205,14 @@ def require_complete(routed: RoutedExperts) -> None:
         )
 
 
-def _rows_of(ids: Int[np.ndarray, "T L k"], value: int) -> Bool[np.ndarray, " T"]:
-    """True for each row whose slots are all ``value``; most are ruled out by one slot."""
-    rows = np.asarray(ids[:, 0, 0] == value)
+def rows_of(ids: Int[np.ndarray, "T L k"], slots: Any) -> Bool[np.ndarray, " T"]:
+    """True for each row that holds ``slots``, one value or k, in every layer.
+
+    Most rows are ruled out by their first layer.
+    """
+    rows: Bool[np.ndarray, " T"] = (ids[:, 0] == slots).all(1)
     candidates = np.flatnonzero(rows)
-    rows[candidates] = (ids[candidates] == value).all((1, 2))
+    rows[candidates] = (ids[candidates] == slots).all((1, 2))
     return rows
 
 

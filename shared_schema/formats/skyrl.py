@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from shared_schema.errors import RoutingSchemaError
-from shared_schema.formats.arrays import Layers, from_array, to_array
+from shared_schema.formats.arrays import Layers, as_numpy, from_array, rows_of, to_array
 from shared_schema.formats.base64_text import array_to_base64, from_base64, integers_of
 from shared_schema.layout import RoutingLayout
 from shared_schema.routed_experts import RoutedExperts
@@ -48,14 +48,15 @@ def from_skyrl(
             ``status``, rows of experts 0 … k-1 in all layers, which SkyRL uses as padding.
 
     """
-    array = _array(envelope)
-    if status is None and array.ndim == 3:
-        padding = np.flatnonzero((array == np.arange(array.shape[2])).all((1, 2)))
-        if len(padding):
+    array = as_numpy(_array(envelope), layout)
+    if status is None:
+        padding = rows_of(array, np.arange(layout.top_k))
+        if padding.any():
             raise RoutingSchemaError(
-                f"{len(padding)} rows, the first of them row {padding[0]}, are experts 0 … "
-                f"{array.shape[2] - 1} in all layers as SkyRL's padding is, expected to know which "
-                "rows are padding: pass status, MISSING where router_padding_mask is true."
+                f"{int(padding.sum())} rows, the first of them row {int(padding.argmax())}, are "
+                f"experts 0 … {layout.top_k - 1} in all layers as SkyRL's padding is, expected to "
+                "know which rows are padding: pass status, MISSING where router_padding_mask is "
+                "true."
             )
     return from_array(array, layout, token_start, layers=layers, status=status)
 

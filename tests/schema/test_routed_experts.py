@@ -44,6 +44,7 @@ def changed(row, layer, values):
         ({"token_start": 1.0}, r"token_start is 1\.0"),
         ({"status": np.zeros(4, np.uint8)}, r"status is a ndarray of shape \(4,\)"),
         ({"status": np.full(5, 99)}, "values 99"),
+        ({"status": np.ones(5, bool)}, "dtype bool, expected 5 RowStatus values"),
         ({"spans": (Span(0, 4),)}, "consecutive spans"),
         ({"spans": (Span(0, 2), Span(3, 5))}, "consecutive spans"),
         ({"spans": ((0, 5, "elsewhere", None),)}, "'elsewhere' is not a valid Source"),
@@ -74,6 +75,16 @@ def test_a_valid_narrow_array_is_kept_and_a_wide_one_is_narrowed():
     wide = RoutedExperts(IDS.astype(np.int64), LAYOUT)
     assert wide.ids.dtype == np.uint8
     assert wide == RoutedExperts(IDS, LAYOUT)
+
+
+def test_an_origin_is_put_on_all_rows_without_a_copy():
+    routed = RoutedExperts(IDS, LAYOUT, 2, spans=(Span(2, 4), Span(4, 7, Source.TRAINER, "6")))
+    again = routed.with_origin("7", Source.PREDICTED)
+    assert again.spans == (Span(2, 7, Source.PREDICTED, "7"),)
+    assert again.ids is routed.ids
+    assert routed[:0].with_origin("7").spans == ()
+    with pytest.raises(RoutingSchemaError, match="'engine' is not a valid Source"):
+        routed.with_origin("7", "engine")
 
 
 def test_rows_without_spans_are_one_rollout_span():
