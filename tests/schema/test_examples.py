@@ -8,7 +8,11 @@ import pytest
 
 import shared_schema
 
-MODULES = [m.name for m in pkgutil.walk_packages(shared_schema.__path__, "shared_schema.")]
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(shared_schema.__path__, "shared_schema.")
+    if not module.name.endswith("__main__")
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
