@@ -7,11 +7,9 @@ from tests.megatron.gloo_pool import GlooPool
 
 
 @pytest.fixture(scope="session")
-def gloo_2() -> Iterator[GlooPool]:
+def gloo_2() -> GlooPool:
     """Two gloo processes: `gloo_2.run(function, *args, tensor_model_parallel_size=2)`."""
-    pool = GlooPool(2)
-    yield pool
-    pool.close()
+    return GlooPool(2)
 
 
 @pytest.fixture(scope="session")

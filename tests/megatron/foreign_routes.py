@@ -56,19 +56,24 @@ class RouterWitness:
     recomputes: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     micro_batch: int = -1
     count_recomputes: bool = False
+    routers: list[Any] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
 
     def watch(self, model: Any) -> "RouterWitness":
         from megatron.core.transformer.moe.router import TopKRouter
 
-        routers = [m for m in model.modules() if isinstance(m, TopKRouter)]
-        for layer, router in enumerate(routers):
+        self.routers = [m for m in model.modules() if isinstance(m, TopKRouter)]
+        for layer, router in enumerate(self.routers):
             self.hooks.append(
                 router.register_forward_hook(
                     lambda _, __, output, layer=layer: self._note(layer, *output)
                 )
             )
         return self
+
+    def leave(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
     def _note(self, layer: int, probs: Tensor, routing_map: Tensor) -> None:
         assert torch.equal(probs.detach() != 0, routing_map)

@@ -1,18 +1,10 @@
 import os
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 from tests.megatron.gloo_pool import GlooPool
-
-
-@pytest.fixture
-def own_pool() -> Iterator[GlooPool]:
-    pool = GlooPool(2)
-    yield pool
-    pool.close()
 
 
 def sum_of_ranks(factor: int) -> float:
@@ -42,9 +34,9 @@ def test_an_exception_names_its_rank_and_spares_the_pool(gloo_2: GlooPool) -> No
     assert gloo_2.run(sum_of_ranks, 3) == [3.0, 3.0]
 
 
-def test_a_dead_or_hanging_rank_is_named_and_the_next_run_works(own_pool: GlooPool) -> None:
+def test_a_dead_or_hanging_rank_is_named_and_the_next_run_works(gloo_2: GlooPool) -> None:
     with pytest.raises(RuntimeError, match=r"^\nrank 1 of 2: the process died$"):
-        own_pool.run(die_on_rank_one_while_the_other_waits)
-    assert own_pool.run(sum_of_ranks, 1) == [1.0, 1.0]
+        gloo_2.run(die_on_rank_one_while_the_other_waits)
+    assert gloo_2.run(sum_of_ranks, 1) == [1.0, 1.0]
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] of 2 did not end wait_for_nothing"):
-        own_pool.run(wait_for_nothing, timeout_s=1)
+        gloo_2.run(wait_for_nothing, timeout_s=1)

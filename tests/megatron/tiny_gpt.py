@@ -1,11 +1,16 @@
 """A small MoE GPTModel for the current parallel state, and one training step of it."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 
@@ -57,32 +62,90 @@ def tiny_config(**overrides: Any) -> TransformerConfig:
 
 def tiny_chunks(config: TransformerConfig) -> list[GPTModel]:
     """The model chunks of this rank, one for each virtual pipeline stage."""
-    stages = config.virtual_pipeline_model_parallel_size
     chunks = []
-    for stage in range(stages) if stages else [None]:
+    for stage, ends in _stages(config):
         spec = get_gpt_decoder_block_spec(
             config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=stage
         )
         if config.context_parallel_size > 1:
             spec = with_reference_attention(spec)
+        mtp = None
+        if config.mtp_num_layers:
+            mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, vp_stage=stage)
         chunks.append(
             GPTModel(
                 config,
                 spec,
                 vocab_size=VOCAB,
                 max_sequence_length=SEQ,
-                pre_process=parallel_state.is_pipeline_first_stage(
-                    ignore_virtual=False, vp_stage=stage
-                ),
-                post_process=parallel_state.is_pipeline_last_stage(
-                    ignore_virtual=False, vp_stage=stage
-                ),
                 position_embedding_type="rope",
                 share_embeddings_and_output_weights=False,
+                mtp_block_spec=mtp,
                 vp_stage=stage,
+                **ends,
             )
         )
     return chunks
+
+
+def tiny_hybrid_chunks(config: TransformerConfig, pattern: str) -> list[Any]:
+    """The same as a ``HybridModel``: ``*`` is an attention layer, ``E`` an MoE layer."""
+    from megatron.core.models.hybrid import hybrid_block
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_layer import (
+        MoETransformerLayer,
+        TransformerLayer,
+        TransformerLayerSubmodules,
+    )
+
+    hybrid_block.TENorm = WrappedTorchNorm  # not in a spec, and Transformer Engine needs a GPU
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=True, normalization="RMSNorm"
+    ).submodules
+    attention = TransformerLayerSubmodules(
+        input_layernorm=layer.input_layernorm,
+        self_attention=layer.self_attention,
+        self_attn_bda=layer.self_attn_bda,
+    )
+    moe = TransformerLayerSubmodules(
+        pre_mlp_layernorm=layer.pre_mlp_layernorm, mlp=layer.mlp, mlp_bda=layer.mlp_bda
+    )
+    spec = ModuleSpec(
+        module=hybrid_block.HybridStack,
+        submodules=hybrid_block.HybridStackSubmodules(
+            attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
+            moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=moe),
+        ),
+    )
+    return [
+        HybridModel(
+            config,
+            spec,
+            vocab_size=VOCAB,
+            max_sequence_length=SEQ,
+            hybrid_layer_pattern=pattern,
+            position_embedding_type="rope",
+            vp_stage=stage,
+            **ends,
+        )
+        for stage, ends in _stages(config)
+    ]
+
+
+def _stages(config: TransformerConfig) -> Iterator[tuple[int | None, dict[str, bool]]]:
+    """Each virtual stage of this rank, and whether embedding and output layer belong to it."""
+    stages = config.virtual_pipeline_model_parallel_size
+    for stage in range(stages) if stages else [None]:
+        first, last = (
+            on_end(ignore_virtual=False, vp_stage=stage)
+            for on_end in (
+                parallel_state.is_pipeline_first_stage,
+                parallel_state.is_pipeline_last_stage,
+            )
+        )
+        yield stage, {"pre_process": first, "post_process": last}
 
 
 def train_step(chunks: list[Any], num_microbatches: int = 2) -> list[float]:

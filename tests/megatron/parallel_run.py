@@ -1,0 +1,448 @@
+"""What one rank of a parallel layout does and reports: replay, record, evaluate, replay again.
+
+The oracle for rows is an identity tensor ``[B, S]`` of codes ``sample * S + position`` that goes
+through the same functions of Megatron as the tokens: what a router's row holds is read from it.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_r3 import LayoutPlan, ReplayStateError
+from megatron_r3.router_calls import ChunkCalls
+from shared_schema import RoutedExpertsBatch, RoutingLayout
+from tests.megatron.foreign_routes import RouterWitness, foreign_routes
+from tests.megatron.parallel_table import Layout
+from tests.megatron.tiny_gpt import VOCAB, tiny_chunks, tiny_config, tiny_hybrid_chunks
+
+
+@dataclass
+class Part:
+    """A rank's part of a tensor that all ranks make up together."""
+
+    shape: tuple[int, ...]
+    index: tuple[Any, ...]
+    values: Tensor
+
+
+@dataclass
+class Step:
+    """One pass over all micro-batches of this rank."""
+
+    logits: dict[tuple[int, int], Part] = field(default_factory=dict)
+    """By (micro-batch, call of the output layer)."""
+    gradients: dict[str, list[Part]] = field(default_factory=dict)
+    """By checkpoint key."""
+    witnesses: list[RouterWitness] = field(default_factory=list)
+
+    def same_bits(self, other: "Step") -> bool:
+        mine, theirs = [*self._parts()], [*other._parts()]
+        return bool(mine) and all(
+            torch.equal(a.values, b.values) for a, b in zip(mine, theirs, strict=True)
+        )
+
+    def _parts(self) -> Iterator[Part]:
+        yield from self.logits.values()
+        for parts in self.gradients.values():
+            yield from parts
+
+
+@dataclass
+class Followed:
+    """Rows of routers that had to follow the foreign routes, and those of them that did not."""
+
+    rows: int = 0
+    wrong: int = 0
+
+
+@dataclass
+class RankReport:
+    """What the test process compares."""
+
+    forward: Followed
+    recompute: Followed
+    evaluation: Followed
+    not_native: int
+    """Rows of routers of multi-token prediction that are not these routers' own choice."""
+    foreign: Step
+    """Logits and gradients under the foreign routes."""
+    own_record_repeats: bool
+    """Whether the replay of the recorded step has the same logits and gradients, bit for bit."""
+
+
+class Rank:
+    """A model on this rank, attached, and its share of the data."""
+
+    def __init__(self, layout: Layout) -> None:
+        from megatron.core import parallel_state
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+
+        import megatron_r3
+
+        self.layout = layout
+        self.config = tiny_config(**(layout.model.config | dict(layout.config)))
+        self.config.finalize_model_grads_func = finalize_model_grads
+        if layout.model.hybrid:
+            self.chunks = tiny_hybrid_chunks(self.config, layout.model.hybrid)
+        else:
+            self.chunks = tiny_chunks(self.config)
+        for chunk in self.chunks:
+            fill_by_name(chunk)
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=False)
+        self.wrapped = [DistributedDataParallel(self.config, ddp, chunk) for chunk in self.chunks]
+        routing = None
+        if layout.model.hybrid:
+            layers = range(len(layout.model.moe_layer_numbers))
+            routing = RoutingLayout(16, 4, tuple(layers), len(layers))
+        self.controller = megatron_r3.attach(self.wrapped, layout=routing)
+        dp = parallel_state.get_data_parallel_world_size()
+        self.micro_batches = list(
+            range(parallel_state.get_data_parallel_rank(), len(layout.micro_batches), dp)
+        )
+
+    def foreign_routes(self, micro_batch: int) -> RoutedExpertsBatch:
+        lengths, _ = self.layout.micro_batches[micro_batch]
+        return foreign_routes(self.controller.layout, lengths, 10 * micro_batch)
+
+    def feed(self, chunk: Any, micro_batch: int, routes: Any) -> None:
+        lengths, width = self.layout.micro_batches[micro_batch]
+        self.controller.feed(chunk, routes, host_lengths=lengths, seq_length=width)
+
+    def step(self, routes: Any, forward_only: bool = False) -> Step:
+        """Run Megatron's own schedule; ``routes`` of a micro-batch by its number."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        step = Step()
+        # Backwards run in the order of forwards in each chunk of 1F1B and its interleaved form.
+        step.witnesses = [
+            RouterWitness(count_recomputes=True).watch(chunk.decoder) for chunk in self.chunks
+        ]
+        fed = [0] * len(self.chunks)
+
+        def forward_step(_: Any, chunk: Any) -> Any:
+            number = next(n for n, c in enumerate(self.wrapped) if c is chunk)
+            nth, fed[number] = fed[number], fed[number] + 1
+            step.witnesses[number].micro_batch = nth
+            micro_batch = self.micro_batches[nth]
+            self.feed(chunk, micro_batch, routes and routes(micro_batch))
+            with self._logits(self.chunks[number], micro_batch, step):
+                return self._forward(chunk, micro_batch)
+
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+            chunk.train(not forward_only)
+        virtual = len(self.chunks) > 1
+        with torch.set_grad_enabled(not forward_only):
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[None] * len(self.chunks) if virtual else None,
+                model=self.wrapped if virtual else self.wrapped[0],
+                num_microbatches=len(self.micro_batches),
+                seq_length=self.layout.micro_batches[0][1],
+                micro_batch_size=len(self.layout.micro_batches[0][0]),
+                forward_only=forward_only,
+            )
+        for witness in step.witnesses:
+            witness.leave()
+        if not forward_only:
+            step.gradients = gradients_by_name(self.chunks)
+        return step
+
+    def _forward(self, chunk: Any, micro_batch: int) -> Any:
+        (_, width), batch = self.layout.micro_batches[micro_batch], 2
+        generator = torch.Generator().manual_seed(micro_batch)
+        tokens = torch.randint(0, VOCAB, (batch, width), generator=generator)
+        positions = torch.arange(width).expand(batch, width)
+        causal = torch.triu(torch.ones(width, width, dtype=torch.bool), 1)[None, None]
+        mask = causal if self.config.context_parallel_size == 1 else None
+        local = [context_parallel_share(x) for x in (tokens, positions, tokens.roll(-1, 1))]
+        losses = chunk(local[0], local[1], mask, labels=local[2])
+        # Megatron multiplies by the context-parallel size and averages over data ranks.
+        return losses, lambda output: (output.float().sum() / tokens.numel(), {})
+
+    @contextlib.contextmanager
+    def _logits(self, chunk: Any, micro_batch: int, step: Step) -> Iterator[None]:
+        """Note what the output layer, where this chunk has one, gives for a micro-batch."""
+        if not chunk.post_process:
+            yield
+            return
+        from megatron.core import parallel_state
+
+        codes = rows_of_micro_batch(self.layout, micro_batch, sequence_parallel=False)
+        rank = parallel_state.get_tensor_model_parallel_rank()
+
+        def note(_: Any, __: Any, output: Any) -> None:
+            logits = output[0].detach().flatten(0, 1).clone()
+            columns = torch.arange(rank * logits.shape[1], (rank + 1) * logits.shape[1])
+            call = sum(number == micro_batch for number, _ in step.logits)
+            _, width = self.layout.micro_batches[micro_batch]
+            step.logits[micro_batch, call] = Part(
+                (2 * width, VOCAB), (codes[:, None], columns[None]), logits
+            )
+
+        hook = chunk.output_layer.register_forward_hook(note)
+        yield
+        hook.remove()
+
+    def native_witnesses(self) -> list["NativeWitness"]:
+        """On the routers of multi-token prediction."""
+        return [NativeWitness(c.mtp) for c in self.chunks if getattr(c, "mtp_process", False)]
+
+    def followed(self, step: Step, recompute: bool = False) -> Followed:
+        """Compare what every router used in every call with the foreign routes."""
+        followed = Followed()
+        for witness in step.witnesses:
+            layers = [
+                self.layout.model.moe_layer_numbers.index(router.layer_number)
+                for router in witness.routers
+            ]
+            seen = witness.recomputes if recompute else witness.forwards
+            for (nth, local), used in seen.items():
+                expected = self._expected(self.micro_batches[nth], layers[local])
+                assert used.shape == expected.shape
+                follow = expected.any(1)
+                followed.rows += int(follow.sum())
+                followed.wrong += int((used != expected)[follow].any(1).sum())
+        return followed
+
+    def _expected(self, micro_batch: int, layer: int) -> Tensor:
+        """``[T, E]`` the experts of each row of this rank; none where the routes have no row."""
+        _, width = self.layout.micro_batches[micro_batch]
+        experts = torch.zeros(2, width, self.controller.layout.num_experts, dtype=torch.bool)
+        for sample, routed in enumerate(self.foreign_routes(micro_batch)):
+            ids = torch.from_numpy(routed.ids[:, layer].astype(np.int64))
+            experts[sample, : len(ids)].scatter_(1, ids, True)
+        codes = rows_of_micro_batch(self.layout, micro_batch, self.config.sequence_parallel)
+        return experts.flatten(0, 1)[codes]
+
+
+def run_layout(layout: Layout) -> RankReport:
+    """Replay foreign routes, record, evaluate under foreign routes, replay the record."""
+    rank = Rank(layout)
+    native = rank.native_witnesses()
+    with rank.controller.schedule("replay"):
+        foreign = rank.step(rank.foreign_routes)
+    with rank.controller.schedule("record") as recording:
+        recorded = rank.step(None)
+    with rank.controller.schedule("replay"):
+        evaluated = rank.step(rank.foreign_routes, forward_only=True)
+    own = gathered(rank, recording)
+    with rank.controller.schedule("replay"):
+        repeated = rank.step(own.__getitem__)
+    report = RankReport(
+        forward=rank.followed(foreign),
+        recompute=rank.followed(foreign, recompute=True),
+        evaluation=rank.followed(evaluated),
+        not_native=sum(witness.wrong for witness in native),
+        foreign=foreign,
+        own_record_repeats=repeated.same_bits(recorded),
+    )
+    foreign.witnesses = []  # they hold the model
+    return report
+
+
+def rows_that_miss(layout: Layout, fault: str) -> int:
+    """Make a fault, replay foreign routes; the rows of this rank that do not follow them."""
+    rank = Rank(layout)
+    FAULTS[fault](rank)
+    native = rank.native_witnesses()
+    with contextlib.suppress(ReplayStateError), rank.controller.schedule("replay"):
+        step = rank.step(rank.foreign_routes)
+    wrong = rank.followed(step).wrong + rank.followed(step, recompute=True).wrong
+    return wrong + sum(witness.wrong for witness in native)
+
+
+class NativeWitness:
+    """Counts rows of routers that are not the top-k of the router's own logits."""
+
+    def __init__(self, module: Any) -> None:
+        from megatron.core.transformer.moe.router import TopKRouter
+
+        self.wrong = 0
+        for router in module.modules():
+            if isinstance(router, TopKRouter):
+                router.register_forward_hook(self._note)
+
+    def _note(self, router: Any, args: Any, output: Any) -> None:
+        with torch.no_grad():
+            logits = router.gating(args[0]).flatten(0, -2)
+        own = torch.zeros_like(output[1]).scatter_(1, logits.topk(router.topk).indices, True)
+        self.wrong += int((own != output[1]).any(1).sum())
+
+
+def gathered(rank: Rank, recording: Any) -> dict[int, RoutedExpertsBatch]:
+    """What all ranks recorded, by micro-batch."""
+    layout = rank.controller.layout
+    pieces = []
+    for layers, frames in recording._chunks:
+        for nth, frame in enumerate(frames):
+            rows = frame.recorded_rows(layout.fill_id)
+            pieces.append((rank.micro_batches[nth], layers, rows))
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, pieces)
+    whole: dict[int, Any] = {}
+    for micro_batch, layers, rows in (piece for pieces in everywhere for piece in pieces):
+        shape = (len(rows), layout.num_moe_layers, layout.top_k)
+        values = whole.setdefault(micro_batch, np.full(shape, layout.fill_id, layout.dtype))
+        held = (rows != layout.fill_id).any((1, 2))
+        values[np.ix_(held, layers)] = rows[held]
+    return {
+        number: RoutedExpertsBatch(
+            values,
+            np.cumsum([0, *rank.layout.micro_batches[number][0]]),
+            layout,
+        )
+        for number, values in whole.items()
+    }
+
+
+def context_parallel_share(tensor: Tensor) -> Tensor:
+    """This rank's part of ``[B, S]``, cut by Megatron."""
+    from megatron.core.parallel_state import get_context_parallel_group
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    group: dict[str, Any] = {"cp_group": get_context_parallel_group()}
+    if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters:
+        group["is_hybrid_cp"] = False
+    return get_batch_on_this_cp_rank({"tensor": tensor, "cu_seqlens": None}, **group)["tensor"]
+
+
+def rows_of_micro_batch(layout: Layout, micro_batch: int, sequence_parallel: bool) -> Tensor:
+    """``[T]`` the code of each row of this rank, cut and ordered by Megatron."""
+    from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+
+    _, width = layout.micro_batches[micro_batch]
+    identity = torch.arange(2 * width).view(2, width)
+    rows = context_parallel_share(identity).T.contiguous()
+    return (scatter_to_sequence_parallel_region(rows) if sequence_parallel else rows).flatten()
+
+
+def fill_by_name(chunk: Any) -> None:
+    """Give every parameter values that depend on its checkpoint key alone, however it is cut."""
+    for key, part in checkpoint_parts(chunk):
+        generator = torch.Generator().manual_seed(crc32(key.encode()))
+        whole = torch.randn(part.shape, generator=generator)
+        whole = whole / part.shape[-1] ** 0.5 if "norm" not in key else 1 + whole / 10
+        with torch.no_grad():
+            part.values.copy_(whole[part.index])
+
+
+def gradients_by_name(chunks: list[Any]) -> dict[str, list[Part]]:
+    """The reduced gradients that Megatron's DDP holds, by checkpoint key."""
+    gradients: dict[str, list[Part]] = {}
+    for chunk in chunks:
+        weights = {parameter: parameter.data for parameter in chunk.parameters()}
+        for parameter in weights:
+            parameter.data = parameter.main_grad
+        for key, part in checkpoint_parts(chunk):
+            part.values = part.values.clone()
+            gradients.setdefault(key, []).append(part)
+        for parameter, data in weights.items():
+            parameter.data = data
+    return gradients
+
+
+def checkpoint_parts(chunk: Any) -> Iterator[tuple[str, Part]]:
+    """This rank's part of each tensor of a sharded checkpoint, as views of the parameters."""
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import apply_factories
+
+    data_ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    sharded = chunk.sharded_state_dict(metadata={"dp_cp_group": data_ranks})
+    apply_factories(sharded)
+    for tensor in nested_values(sharded):
+        if isinstance(tensor, ShardedTensor):
+            lead = tensor.prepend_axis_num
+            index = (
+                *tensor.global_offset[:lead],
+                *(
+                    slice(offset, offset + length)
+                    for offset, length in zip(
+                        tensor.global_offset[lead:], tensor.local_shape, strict=True
+                    )
+                ),
+            )
+            yield tensor.key, Part(tensor.global_shape, index, tensor.data.detach())
+
+
+def shift_layers(rank: Rank) -> None:
+    """Count routers without a look at what they belong to, as an MTP alias does."""
+    for chunk in rank.controller._chunks:
+        handles = [router.router_replay for router in replaying_routers(chunk.module)]
+        for handle in handles:
+            handle.layer = (handle.layer + 1) % len(handles)
+
+
+def alias_mtp(rank: Rank) -> None:
+    """Give the routers of multi-token prediction the routes of a decoder layer."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from megatron_r3.router import make_replaying
+
+    for chunk, module in zip(rank.controller._chunks, rank.chunks, strict=True):
+        for router in module.mtp.modules():
+            if isinstance(router, TopKRouter):
+                handle = make_replaying(router)
+                handle.calls = SimpleNamespace(
+                    resolve=lambda layer, calls=chunk.calls: (calls.frames[-1], True),
+                    schedule_is_open=True,
+                )
+
+
+def feed_batch_major(rank: Rank) -> None:
+    """Take the rows of a padded batch for sample after sample."""
+    stock_feed = rank.controller.feed
+
+    def feed(chunk: Any, routes: Any, *, host_lengths: Any, seq_length: int) -> None:
+        plan = LayoutPlan.padded(host_lengths, seq_length)
+        sample, position = (
+            rows.reshape(seq_length, -1).T.ravel() for rows in (plan.sample, plan.position)
+        )
+        stock_feed(chunk, routes, plan=LayoutPlan(plan.lengths, sample, position))
+
+    rank.controller.feed = feed
+
+
+def one_queue_for_all_chunks(rank: Rank) -> None:
+    """Recompute first in first out over all that this process was fed, of whichever chunk."""
+    fed: list[int] = []
+    stock_push = ChunkCalls.push
+
+    def push(self: ChunkCalls, frame: Any) -> None:
+        stock_push(self, frame)
+        fed.append(frame.micro_batch)
+
+    def of_recompute(self: ChunkCalls, layer: int) -> Any:
+        taken = self.__dict__.setdefault("taken", [0] * len(self.layers))
+        taken[layer] += 1
+        return self.frames[fed[taken[layer] - 1]]
+
+    ChunkCalls.push, ChunkCalls._of_recompute = push, of_recompute  # type: ignore[method-assign]
+
+
+FAULTS = {
+    "shift_layers": shift_layers,
+    "alias_mtp": alias_mtp,
+    "feed_batch_major": feed_batch_major,
+    "one_queue_for_all_chunks": one_queue_for_all_chunks,
+}
+
+
+def replaying_routers(module: Any) -> list[Any]:
+    from megatron_r3.router import ReplayTopKRouter
+
+    return [m for m in module.modules() if isinstance(m, ReplayTopKRouter)]
