@@ -116,6 +116,11 @@ class Rank:
         lengths, _ = self.layout.micro_batches[micro_batch]
         return foreign_routes(self.controller.layout, lengths, 10 * micro_batch)
 
+    def samples_of(self, gathered: RoutedExpertsBatch, micro_batch: int) -> RoutedExpertsBatch:
+        """Routes of a micro-batch out of those of all that this data rank fed."""
+        first = 2 * self.micro_batches.index(micro_batch)
+        return gathered.select([first, first + 1])
+
     def feed(self, chunk: Any, micro_batch: int, routes: Any) -> None:
         lengths, width = self.layout.micro_batches[micro_batch]
         self.controller.feed(chunk, routes, host_lengths=lengths, seq_length=width)
@@ -238,9 +243,9 @@ def run_layout(layout: Layout) -> RankReport:
         recorded = rank.step(None)
     with rank.controller.schedule("replay"):
         evaluated = rank.step(rank.foreign_routes, forward_only=True)
-    own = gathered(rank, recording)
+    own = recording.gather()
     with rank.controller.schedule("replay"):
-        repeated = rank.step(own.__getitem__)
+        repeated = rank.step(lambda number: rank.samples_of(own, number))
     report = RankReport(
         forward=rank.followed(foreign),
         recompute=rank.followed(foreign, recompute=True),
@@ -280,32 +285,6 @@ class NativeWitness:
             logits = router.gating(args[0]).flatten(0, -2)
         own = torch.zeros_like(output[1]).scatter_(1, logits.topk(router.topk).indices, True)
         self.wrong += int((own != output[1]).any(1).sum())
-
-
-def gathered(rank: Rank, recording: Any) -> dict[int, RoutedExpertsBatch]:
-    """What all ranks recorded, by micro-batch."""
-    layout = rank.controller.layout
-    pieces = []
-    for layers, frames in recording._chunks:
-        for nth, frame in enumerate(frames):
-            rows = frame.recorded_rows(layout.fill_id)
-            pieces.append((rank.micro_batches[nth], layers, rows))
-    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everywhere, pieces)
-    whole: dict[int, Any] = {}
-    for micro_batch, layers, rows in (piece for pieces in everywhere for piece in pieces):
-        shape = (len(rows), layout.num_moe_layers, layout.top_k)
-        values = whole.setdefault(micro_batch, np.full(shape, layout.fill_id, layout.dtype))
-        held = (rows != layout.fill_id).any((1, 2))
-        values[np.ix_(held, layers)] = rows[held]
-    return {
-        number: RoutedExpertsBatch(
-            values,
-            np.cumsum([0, *rank.layout.micro_batches[number][0]]),
-            layout,
-        )
-        for number, values in whole.items()
-    }
 
 
 def context_parallel_share(tensor: Tensor) -> Tensor:
