@@ -160,11 +160,11 @@ def num_shared(
 
 @dataclass(frozen=True, eq=False)
 class Agreement:
-    """Two routings of one sequence, compared at the N positions where both are recorded.
+    """Two routings of the same sequences, compared at the N rows that both recorded.
 
     Attributes:
         layout: of both.
-        positions: ``[N]`` int64, ascending.
+        positions: ``[N]`` int64 position of each row in its sequence, ascending.
         shared: ``[N, L]`` experts in common, 0 … k.
         same_order: ``[N, L]`` whether all k slots hold the same expert.
 
@@ -179,6 +179,18 @@ class Agreement:
     def same_set(self) -> Bool[np.ndarray, "N L"]:
         """Whether the k experts are the same, in any order."""
         return np.asarray(self.shared == self.layout.top_k)
+
+    @classmethod
+    def concat(cls, parts: Sequence[Agreement]) -> Agreement:
+        """The rows of several sequences together, ordered by position."""
+        positions = np.concatenate([part.positions for part in parts])
+        order = np.argsort(positions, kind="stable")
+        return cls(
+            parts[0].layout,
+            positions[order],
+            np.concatenate([part.shared for part in parts])[order],
+            np.concatenate([part.same_order for part in parts])[order],
+        )
 
 
 def agreement(a: RoutedExperts, b: RoutedExperts) -> Agreement:

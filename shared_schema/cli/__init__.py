@@ -26,22 +26,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = arguments.run(arguments)
         sys.stdout.flush()
         return status
-    except UsageError as error:
-        arguments.parser.print_usage(sys.stderr)
-        print(f"r3 {arguments.command}: {error}", file=sys.stderr)
-        return 2
-    except (CommandError, RoutingSchemaError) as error:
-        if arguments.json:
-            print(json.dumps({"error": str(error)}))
-        print(f"r3 {arguments.command}: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:
         # The reader, such as `head`, has what it wanted; Python would complain again at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print("r3: interrupted", file=sys.stderr)
-        return 130
+        message, status = "interrupted", 130
+    except UsageError as error:
+        message, status = str(error), 2
+    except (CommandError, RoutingSchemaError) as error:
+        message, status = str(error), 1
+    # Only now, when the exception is gone, is a progress bar that it broke off.
+    if status == 2:
+        arguments.parser.print_usage(sys.stderr)
+    elif arguments.json:
+        print(json.dumps({"error": message}))
+    print(f"r3 {arguments.command}: {message}", file=sys.stderr)
+    return status
 
 
 def parser() -> argparse.ArgumentParser:

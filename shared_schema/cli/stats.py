@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared_schema.cli.files import add_reading_arguments, read_all
-from shared_schema.cli.terminal import percent, print_json, show, table, track
+from shared_schema.cli.terminal import counted, percent, print_json, show, table, track
 from shared_schema.statistics import RoutingStatistics, even_bits_per_id, routing_statistics
 
 EPILOG = """\
@@ -109,7 +109,8 @@ def _show(num_files: int, found: RoutingStatistics) -> None:
         percent(layout.top_k / layout.num_experts),
     )
     show(
-        f"{found.num_rows:,} recorded rows of {num_files:,} files; E {layout.num_experts}, "
-        f"k {layout.top_k}, {layout.num_moe_layers} MoE layers",
+        f"{counted(found.num_rows, 'recorded row')} of {counted(num_files, 'file')}; "
+        f"E {layout.num_experts}, k {layout.top_k}, "
+        f"{counted(layout.num_moe_layers, 'MoE layer')}",
         rows,
     )

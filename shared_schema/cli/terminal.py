@@ -106,6 +106,11 @@ def percent(share: float) -> str:
     return text.replace("%", " %")
 
 
+def counted(number: int, what: str) -> str:
+    """For example ``1 file`` and ``1,200 files``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def num_bytes(count: float) -> str:
     """For example 12.6 MB, in powers of ten."""
     for unit in ("bytes", "kB", "MB", "GB"):

@@ -1,6 +1,10 @@
 """What holds for every command: help, one-sentence errors, exit status, what must be installed."""
 
+import contextlib
 import importlib
+import os
+import pty
+import re
 import subprocess
 import sys
 import tomllib
@@ -124,6 +128,21 @@ def test_json_needs_no_extra_and_tables_say_what_to_install(folder):
         assert done.stdout.endswith("1\n")
         assert f"{missing} cannot be imported" in done.stderr
         assert "pip install 'moe-r3[cli]'" in done.stderr
+
+
+def test_an_error_stands_below_what_is_left_of_the_progress_bar(folder):
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-m", "shared_schema.cli", "stats", str(folder / "absent")]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
+    subprocess.run(command, stderr=terminal, stdout=subprocess.DEVNULL, env=environment, cwd=ROOT)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of what a closed terminal shows
+        while chunk := os.read(master, 4096):
+            shown += chunk
+    assert b"reading" in shown
+    *_, last = shown.decode().strip().splitlines()
+    assert re.fullmatch(r"(\x1b\[[\d?]*\w)*r3 stats: cannot read .* check the path\.", last)
 
 
 def test_a_reader_that_stops_early_is_no_error(folder):

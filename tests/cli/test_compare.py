@@ -80,3 +80,28 @@ def test_the_plot_shows_the_choice_that_differs(r3, pair, tmp_path):
     assert r3("compare", *pair, "--plot", tmp_path / "no" / "x.png").err.startswith(
         "r3 compare: cannot write"
     )
+
+
+def test_folders_are_compared_file_by_file(r3, tmp_path):
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder, turn in zip(folders, (0, 2), strict=True):
+        folder.mkdir()
+        (folder / "samples.json").write_text("{}")
+        for number in range(3):
+            ids = sample(number, rows=10 * (number + 1)).ids.copy()
+            ids[20:] = np.roll(ids[20:], turn, 1)  # the last sequence, from position 20 on
+            (folder / f"{number}.safetensors").write_bytes(encode(RoutedExperts(ids, LAYOUT)))
+    done = r3("compare", *folders, "--json")
+    found = done.json
+    assert done.status == 1
+    assert (found["sequences"], found["rows"]) == (3, 60)
+    assert found["rows_that_differ"] == 10 / 60
+    assert [p["start"] for p in found["positions"] if p["rows_that_differ"]] == [20, 22, 24, 26, 28]
+    assert sum(p["rows"] for p in found["positions"]) == 60
+    assert r3("compare", *folders, "--plot", tmp_path / "x.png").status == 1
+
+    (folders[1] / "2.safetensors").unlink()
+    done = r3("compare", *folders)
+    assert done.status == 1
+    assert "2.safetensors in one alone" in done.err
+    assert r3("compare", folders[0], tmp_path / "x.png").status == 1
