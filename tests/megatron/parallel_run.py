@@ -185,7 +185,7 @@ class Rank:
             return
         from megatron.core import parallel_state
 
-        codes = rows_of_micro_batch(self.layout, micro_batch, sequence_parallel=False)
+        codes = self._codes(micro_batch, sequence_parallel=False)
         rank = parallel_state.get_tensor_model_parallel_rank()
 
         def note(_: Any, __: Any, output: Any) -> None:
@@ -200,6 +200,10 @@ class Rank:
         hook = chunk.output_layer.register_forward_hook(note)
         yield
         hook.remove()
+
+    def _codes(self, micro_batch: int, sequence_parallel: bool) -> Tensor:
+        _, width = self.layout.micro_batches[micro_batch]
+        return rows_of_routers(torch.arange(2 * width).view(2, width), sequence_parallel)
 
     def native_witnesses(self) -> list["NativeWitness"]:
         """On the routers of multi-token prediction."""
@@ -229,7 +233,7 @@ class Rank:
         for sample, routed in enumerate(self.foreign_routes(micro_batch)):
             ids = torch.from_numpy(routed.ids[:, layer].astype(np.int64))
             experts[sample, : len(ids)].scatter_(1, ids, True)
-        codes = rows_of_micro_batch(self.layout, micro_batch, self.config.sequence_parallel)
+        codes = self._codes(micro_batch, self.config.sequence_parallel)
         return experts.flatten(0, 1)[codes]
 
 
@@ -298,12 +302,10 @@ def context_parallel_share(tensor: Tensor) -> Tensor:
     return get_batch_on_this_cp_rank({"tensor": tensor, "cu_seqlens": None}, **group)["tensor"]
 
 
-def rows_of_micro_batch(layout: Layout, micro_batch: int, sequence_parallel: bool) -> Tensor:
-    """``[T]`` the code of each row of this rank, cut and ordered by Megatron."""
+def rows_of_routers(identity: Tensor, sequence_parallel: bool) -> Tensor:
+    """``[T]`` the code of each row of this rank, of ``[B, S]`` cut and ordered by Megatron."""
     from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
-    _, width = layout.micro_batches[micro_batch]
-    identity = torch.arange(2 * width).view(2, width)
     rows = context_parallel_share(identity).T.contiguous()
     return (scatter_to_sequence_parallel_region(rows) if sequence_parallel else rows).flatten()
 

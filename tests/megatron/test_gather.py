@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.megatron.gloo_pool import GlooPool
+from tests.megatron.parallel_run import context_parallel_share, rows_of_routers
 from tests.megatron.test_own_record import RECOMPUTE
-from tests.megatron.test_parallel_ranks import context_parallel_share, rows_of_routers
 
 LENGTHS, MICRO_BATCHES = (16, 11), 2
 LAYOUTS: dict[str, tuple[dict[str, Any], list[int], dict[str, Any]]] = {
