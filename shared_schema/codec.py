@@ -104,6 +104,8 @@ def decode(
             f"the payload stands for {nbytes} bytes of ids, expected at most {max_nbytes}: pass a "
             "larger max_nbytes to decode if it is meant to be that long."
         )
+    _check_presence(contents, "recorded", selector == "bitmap")
+    _check_presence(contents, "status", num_carried < num_rows)
     ids = _carried_ids(contents, layout, num_carried)
     recorded = _recorded(contents, selector, num_rows, num_carried)
     status = np.zeros(num_rows, np.uint8)
@@ -112,10 +114,7 @@ def decode(
         ids = np.full((num_rows, *carried.shape[1:]), layout.fill_id, layout.dtype)
         ids[recorded] = carried
         status[~recorded] = _reasons(contents, num_rows - num_carried)
-    spans = fields.get("spans")
-    if not isinstance(spans, list):
-        raise RoutingSchemaError(f"spans is {reprlib.repr(spans)}, expected a list: {FOREIGN}.")
-    return RoutedExperts(ids, layout, start, status, tuple(spans))
+    return RoutedExperts(ids, layout, start, status, _spans(fields))
 
 
 def _selector(recorded: Bool[np.ndarray, " T"], num_carried: int) -> str:
@@ -145,6 +144,31 @@ def _layout(fields: dict[str, Any]) -> RoutingLayout:
     return RoutingLayout(moe_layers=tuple(layers), **sizes)
 
 
+def _spans(fields: dict[str, Any]) -> tuple[Any, ...]:
+    spans = fields.get("spans")
+    if not isinstance(spans, list) or not all(
+        isinstance(span, list)
+        and len(span) == 4
+        and type(span[0]) is type(span[1]) is int
+        and isinstance(span[2], str)
+        and isinstance(span[3], str | None)
+        for span in spans
+    ):
+        raise RoutingSchemaError(
+            f"spans is {reprlib.repr(spans)}, expected a list of [start, stop, source, "
+            f"weight_version]: {FOREIGN}."
+        )
+    return tuple(spans)
+
+
+def _check_presence(contents: Contents, name: str, expected: bool) -> None:
+    if (name in contents.tensors) != expected:
+        raise RoutingSchemaError(
+            f"the tensor {name} is {'absent' if expected else 'present'}, expected it if and only "
+            f"if the selector and the number of rows carried ask for it: {FOREIGN}."
+        )
+
+
 def _carried_ids(
     contents: Contents, layout: RoutingLayout, num_carried: int
 ) -> UInt[np.ndarray, "R L k"]:
@@ -164,6 +188,11 @@ def _carried_ids(
         )
     num_ids = num_carried * layout.num_moe_layers * layout.top_k
     stream = tensor(contents, "packed_ids", "U8", (packed_nbytes(num_ids, bits),))
+    if num_ids * bits % 8 and stream[-1] >> num_ids * bits % 8:
+        raise RoutingSchemaError(
+            f"packed_ids ends in {int(stream[-1]):#010b}, expected zeros above its lowest "
+            f"{num_ids * bits % 8} bits: {FOREIGN}."
+        )
     return unpack(stream, bits, num_ids).reshape(shape)
 
 

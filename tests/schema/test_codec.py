@@ -22,6 +22,7 @@ from shared_schema import (
     encode,
 )
 from shared_schema.bit_packing import bits_per_id, pack, packed_nbytes, unpack
+from tests.schema.fuzz_codec import fuzz
 from tests.schema.golden_cases import CASES, golden
 from tests.schema.page_decoder import read_page
 from tests.schema.strategies import distinct_ids, routed_experts
@@ -233,6 +234,13 @@ def test_a_bitmap_or_reason_that_lies_is_refused_by_name(find, replace, message)
         decode(lying)
 
 
+def test_bits_after_the_last_id_are_zero_or_refused():
+    payload = golden("packed_1_bit")
+    assert decode(payload) == CASES["packed_1_bit"][0]
+    with pytest.raises(RoutingSchemaError, match=r"ends in 0b10.*zeros above its lowest 3 bits"):
+        decode(rewritten(lambda h, f: None, payload[:-1] + bytes([payload[-1] | 0x80])))
+
+
 def test_packed_ids_where_nothing_is_packed_are_refused():
     routed, _ = CASES["raw_uint8_256_experts"]
 
@@ -292,3 +300,10 @@ def test_a_header_that_no_reader_would_take_is_not_written():
     spans = tuple(Span(i, i + 1, Source.ROLLOUT, str(i)) for i in range(40_000))
     with pytest.raises(RoutingSchemaError, match="merge some of the spans"):
         encode(RoutedExperts(ids, LAYOUT, 0, None, spans))
+
+
+def test_mutated_payloads_decode_to_the_same_rows_or_raise_our_error():
+    """A slice of ``python -m tests.schema.fuzz_codec``, which runs 200,000 payloads."""
+    outcomes = fuzz(3000, seed=1)
+    assert outcomes["refused"] > 1000
+    assert outcomes["valid rows"] > 100
