@@ -166,7 +166,7 @@ def _opened(route: Any, what: str) -> RoutedExperts:
                 f"a {type(route).__name__}, expected RoutedExperts, their encoded bytes, the path "
                 "of a file of these, or None: make it one with shared_schema."
             )
-        return decode(memoryview(route))
+        return decode(memoryview(route), check_ids=False)
     except (OSError, ValueError) as error:
         raise InvalidRoutesError(f"{what} cannot be read: {error}") from error
 

@@ -67,26 +67,34 @@ def unpack(packed: UInt8[np.ndarray, " nbytes"], bits: int, num_ids: int) -> UIn
 
 
 class _Merge(NamedTuple):
-    """One halving of the number of lanes: the upper run of each pair moves ``shift`` bits down."""
+    """One halving of the number of lanes: the upper run of each pair moves down to the lower one.
 
-    shift: int
-    low: np.uint64
+    Constants are arrays without dimensions, which numpy takes faster than scalars.
+    """
+
+    shift: np.ndarray
+    low: np.ndarray
     """The lower runs."""
-    high: np.uint64
+    high: np.ndarray
     """The upper runs, moved."""
+    factor: np.ndarray
+    """2 ** shift - 1: h + h * factor is h moved up again."""
 
 
-def _merges(bits: int, lane: int) -> Iterator[_Merge]:
+def _merges(bits: int, lane: int) -> list[_Merge]:
     """From runs of ``bits`` bits in lanes of ``lane`` bits to one run in each word."""
+    merges = []
     while lane < 64:
         low = sum(((1 << bits) - 1) << at for at in range(0, 64, 2 * lane))
-        yield _Merge(lane - bits, np.uint64(low), np.uint64(low << bits))
+        numbers = (lane - bits, low, low << bits, (1 << (lane - bits)) - 1)
+        merges.append(_Merge(*(_constant(number) for number in numbers)))
         lane, bits = 2 * lane, 2 * bits
+    return merges
 
 
 def _pack_groups(ids: UInt[np.ndarray, " n"], bits: int, out: UInt8[np.ndarray, " m"]) -> None:
     """Pack whole groups; up to 7 bytes of ``out`` after the last are overwritten."""
-    merges = list(_merges(bits, 8 * ids.itemsize))
+    merges = _merges(bits, 8 * ids.itemsize)
     store = _pack_narrow if ids.itemsize == 1 else _pack_wide
     position = 0
     for words, x, t in _blocks(ids):
@@ -94,10 +102,10 @@ def _pack_groups(ids: UInt[np.ndarray, " n"], bits: int, out: UInt8[np.ndarray, 
             np.copyto(x[: len(x) // 2], words[0::2])
             np.copyto(x[len(x) // 2 :], words[1::2])
             words = x
-        for shift, low, high in merges:
-            np.right_shift(words, _WORD.type(shift), out=t)
+        for shift, low, high, factor in merges:
+            np.right_shift(words, shift, out=t)
             np.bitwise_and(t, high, out=t)
-            if shift == 1:  # a run moved down by one bit is its own half
+            if factor == 1:  # a run moved down by one bit is its own half
                 np.subtract(words, t, out=x)
             else:
                 np.bitwise_and(words, low, out=x)
@@ -113,7 +121,7 @@ def _pack_narrow(
 
     Stores overlap; each holds the beginning of the next group too, so that their order is free.
     """
-    np.left_shift(x[1:], np.uint64(8 * bits), out=t[:-1])
+    np.left_shift(x[1:], _constant(8 * bits), out=t[:-1])
     np.bitwise_or(x[:-1], t[:-1], out=x[:-1])
     size = 1 << (bits - 1).bit_length()
     np.copyto(_words_at(out, at, len(x), bits, f"<u{size}"), x, casting="unsafe")
@@ -126,11 +134,11 @@ def _pack_wide(
     """Store groups of two words, ``4 * bits`` bits each, as their first and last 8 bytes."""
     groups = len(x) // 2
     first, second, a, b = x[:groups], x[groups:], t[:groups], t[groups:]
-    np.left_shift(second, np.uint64(4 * bits), out=a)
+    np.left_shift(second, _constant(4 * bits), out=a)
     np.bitwise_or(first, a, out=a)
     np.copyto(_words_at(out, at, groups, bits), a)
-    np.left_shift(second, np.uint64(64 - 4 * bits), out=a)
-    np.right_shift(first, np.uint64(8 * bits - 64), out=b)
+    np.left_shift(second, _constant(64 - 4 * bits), out=a)
+    np.right_shift(first, _constant(8 * bits - 64), out=b)
     np.bitwise_or(a, b, out=a)
     np.copyto(_words_at(out, at + bits - 8, groups, bits), a)
     return groups * bits
@@ -138,26 +146,32 @@ def _pack_wide(
 
 def _unpack_groups(packed: UInt8[np.ndarray, " m"], bits: int, ids: UInt[np.ndarray, " n"]) -> None:
     """Unpack whole groups; up to 7 bytes of ``packed`` after the last are read."""
-    merges = list(_merges(bits, 8 * ids.itemsize))[::-1]
-    run = np.uint64((1 << bits * 8 // ids.itemsize) - 1)
+    *merges, last = _merges(bits, 8 * ids.itemsize)[::-1]
+    run = _constant((1 << bits * 8 // ids.itemsize) - 1)
     position = 0
     for words, x, t in _blocks(ids):
         groups = len(x) // ids.itemsize
         np.bitwise_and(_words_at(packed, position, groups, bits), run, out=x[:groups])
         if ids.itemsize == 2:
-            last = _words_at(packed, position + bits - 8, groups, bits)
-            np.right_shift(last, np.uint64(64 - 4 * bits), out=x[groups:])
-        for shift, _, high in merges:
-            np.bitwise_and(x, high, out=t)
-            if shift > 1:
-                np.multiply(t, np.uint64((1 << shift) - 1), out=t)
-            np.add(x, t, out=x)  # h + h * (2 ** shift - 1) is h moved up
-        if ids.itemsize == 2:
-            np.copyto(words[0::2], x[:groups])
-            np.copyto(words[1::2], x[groups:])
+            ends = _words_at(packed, position + bits - 8, groups, bits)
+            np.right_shift(ends, _constant(64 - 4 * bits), out=x[groups:])
+        for merge in merges:
+            np.bitwise_and(x, merge.high, out=t)
+            np.multiply(t, merge.factor, out=t)
+            np.add(x, t, out=x)
+        np.bitwise_and(x, last.high, out=t)
+        if last.factor > 1:
+            np.multiply(t, last.factor, out=t)
+        if ids.itemsize == 1:
+            np.add(x, t, out=words)
         else:
-            np.copyto(words, x)
+            np.add(x[:groups], t[:groups], out=words[0::2])
+            np.add(x[groups:], t[groups:], out=words[1::2])
         position += groups * bits
+
+
+def _constant(number: int) -> np.ndarray:
+    return np.array(number, np.uint64)
 
 
 def _blocks(

@@ -16,6 +16,7 @@ from shared_schema.routed_experts import (
     RoutedExperts,
     RowStatus,
     check_status,
+    checked_spans,
 )
 
 MAX_DECODED_BYTES = 1 << 30
@@ -73,6 +74,7 @@ def decode(
     expect: RoutingLayout | None = None,
     *,
     max_nbytes: int = MAX_DECODED_BYTES,
+    check_ids: bool = True,
 ) -> RoutedExperts:
     """Read what :func:`encode` wrote.
 
@@ -83,6 +85,9 @@ def decode(
         expect: the layout of the model at hand; a payload of another model is refused.
         max_nbytes: the most bytes of ids to allocate. A small payload may stand for many
             unrecorded rows.
+        check_ids: whether to look for ids that are out of range or repeated, which takes as long
+            as unpacking. Without it the caller must check the rows that it uses. The checksum
+            is verified in any case.
 
     Raises:
         RoutingSchemaError: whatever is wrong with the payload. Nothing is executed, and nothing
@@ -114,7 +119,11 @@ def decode(
         ids = np.full((num_rows, *carried.shape[1:]), layout.fill_id, layout.dtype)
         ids[recorded] = carried
         status[~recorded] = _reasons(contents, num_rows - num_carried)
-    return RoutedExperts(ids, layout, start, status, _spans(fields))
+    spans = _spans(fields)
+    if check_ids:
+        return RoutedExperts(ids, layout, start, status, spans)
+    spans = checked_spans(spans, start, start + num_rows)
+    return RoutedExperts.trusted(ids, layout, start, status, spans)
 
 
 def _selector(recorded: Bool[np.ndarray, " T"], num_carried: int) -> str:

@@ -192,8 +192,10 @@ def entry(tensor="ids", **fields):
         (put(token_start=2**53), "token_start is 9007199254740992"),
         (put(num_rows=8), r"tensor status is .*, expected \['U8', \[3\]\]"),
         (put(num_carried=6), r"tensor ids is .*, expected \['U16', \[6, 2, 4\]\]"),
-        (put(selector="all"), "selector is 'all' with 5 of 7 rows"),
-        (put(selector="prefix"), "selector is 'prefix'"),
+        (put(selector="all"), "tensor recorded is present"),
+        (put(selector="suffix"), "tensor recorded is present"),
+        (lambda h, f: f.update(selector="prefix", later=h.update(x=h.pop("recorded"))), "'prefix'"),
+        (put(num_carried=7), "tensor status is present"),
         (put(spans=[[3, 9]]), "spans is"),
         (put(spans=7), "spans is 7"),
         (entry(dtype="F32"), r"tensor ids is \['F32'"),
@@ -270,6 +272,15 @@ def test_packed_ids_where_nothing_is_packed_are_refused():
 def test_a_payload_cut_or_foreign_is_refused_by_name(payload, message):
     with pytest.raises(RoutingSchemaError, match=message):
         decode(payload)
+
+
+def test_ids_are_checked_unless_the_caller_says_that_it_checks_them():
+    unchecked = decode(encode(ROUTED), check_ids=False)
+    assert unchecked == ROUTED
+    broken = rewritten(put(num_experts=257), encode(ROUTED, packed=False))
+    with pytest.raises(RoutingSchemaError, match="distinct experts below 257"):
+        decode(broken)
+    assert np.array_equal(decode(broken, check_ids=False).ids, ROUTED.ids)
 
 
 def test_a_payload_of_another_model_is_refused():
