@@ -138,18 +138,19 @@ def detach(model_chunks: Chunks) -> None:
 
 def _decoder_routers(chunk: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in chunk.named_modules():
-        if isinstance(module, Router) and not _is_mtp(name, module):
+        if isinstance(module, Router) and not is_mtp(name, module):
             yield name, module
 
 
 def _mtp_routers(chunks: Sequence[torch.nn.Module]) -> Iterator[AttachedRouter]:
     for number, chunk in enumerate(chunks):
         for name, module in chunk.named_modules():
-            if isinstance(module, Router) and _is_mtp(name, module):
+            if isinstance(module, Router) and is_mtp(name, module):
                 yield AttachedRouter(name, number, module.layer_number, None)
 
 
-def _is_mtp(name: str, router: Router) -> bool:
+def is_mtp(name: str, router: Router) -> bool:
+    """Whether the router called ``name`` in its chunk belongs to multi-token prediction."""
     # Releases before 0.17 do not tell the router; there the module path does.
     return getattr(router, "is_mtp_layer", False) or "mtp" in name.split(".")
 

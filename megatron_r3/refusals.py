@@ -68,6 +68,13 @@ REFUSALS = (
         leaves_native=True,
     ),
     Refusal(
+        "hash_layer",
+        lambda router: bool(getattr(router, "is_hash_layer", False)),
+        "takes its experts from a table of token ids, which asks for no target",
+        "leave it native",
+        leaves_native=True,
+    ),
+    Refusal(
         "capacity_factor",
         _drops_tokens,
         "drops tokens beyond a capacity factor, replayed ones too",

@@ -205,14 +205,14 @@ def test_the_flag_builds_replaying_routers_after_install(upstream_list: list[Any
     assert all(r.router_replay.calls is None for r in routers_of(model))
 
 
-def with_mtp() -> Any:
+def with_mtp(**overrides: Any) -> Any:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_decoder_block_spec,
         get_gpt_mtp_block_spec,
     )
 
-    config = tiny_config(mtp_num_layers=1)
+    config = tiny_config(mtp_num_layers=1, **overrides)
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
     return GPTModel(
         config,
@@ -297,7 +297,7 @@ def test_quantile_balancing_is_refused(world_of_one: None) -> None:
 
 
 def test_every_refusal_is_tested() -> None:
-    tested = {*REFUSED, *CONFIGURED_LATER, "quantile_balancing"}
+    tested = {*REFUSED, *CONFIGURED_LATER, "quantile_balancing", "hash_layer"}
     assert tested == {refusal.name for refusal in REFUSALS}
 
 
