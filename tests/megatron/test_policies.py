@@ -119,7 +119,8 @@ def test_auxiliary_losses_count_live_or_replayed_experts_or_nothing(
     reset()
     _, own_gradients = replay(model, batch, foreign=False, aux_loss="replayed")
     assert all(torch.equal(losses[key], native[key]) for key in native)
-    assert all(torch.equal(own_gradients[n], native_gradients[n]) for n in native_gradients)
+    # Without gradients 0.19.2 does not sort the top-k, so that sums run in another order.
+    torch.testing.assert_close(own_gradients, native_gradients)
 
     reset()
     logits: dict[int, torch.Tensor] = {}
@@ -229,7 +230,8 @@ def test_padding_is_spread_over_expert_parallel_ranks(gloo_2: GlooPool) -> None:
             # Ten rows of four experts meet each of the sixteen two or three times.
             assert set(np.bincount(np.concatenate(rows), minlength=16)) <= {2, 3}
             assert all(sum(expert < 8 for expert in row) == 2 for row in rows)
-    assert len({str(layer) for rank in ranks for layer in rank}) == 6
+    # Sixteen experts in steps of four: the fourth layer of the first rank would begin again.
+    assert len({str(layer) for rank in ranks for layer in rank}) == 4
 
 
 def test_spread_padding_leaves_tokens_as_they_are(world_of_one: None) -> None:
