@@ -96,17 +96,19 @@ class Forward:
             input_batch=SimpleNamespace(num_reqs=0, req_ids=[]),
             num_scheduled_tokens=SimpleNamespace(np=np.zeros(0, np.int32)),
             positions=torch.zeros(0, dtype=torch.int64),
+            execute_model=self.run_forward,
+            sample_tokens=self.sample,
         )
 
     def load_model(self) -> None:
         """Nothing to load."""
 
-    def execute_model(self, scheduler_output: Any) -> None:
+    def run_forward(self, scheduler_output: Any) -> None:
         """Route the step's tokens."""
         with self.clock.paused():
-            self._execute_model(scheduler_output)
+            self._route(scheduler_output)
 
-    def _execute_model(self, scheduler_output: Any) -> None:
+    def _route(self, scheduler_output: Any) -> None:
         import torch
         from vllm.forward_context import set_forward_context
 
@@ -132,7 +134,7 @@ class Forward:
                 native.capture_fn(ids)
         self.query_start_loc = bounds
 
-    def sample_tokens(self, grammar_output: Any) -> Any:
+    def sample(self, grammar_output: Any) -> Any:
         """One token for each request."""
         from vllm.v1.outputs import ModelRunnerOutput
 
@@ -309,10 +311,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 scheduler_output = scheduler.schedule()
             native.begin(scheduler_output, scheduler.requests)
             with clock.running():
-                worker.execute_model(scheduler_output)
+                worker.model_runner.execute_model(scheduler_output)
             native_output = native.snapshot(worker)
             with clock.running():
-                output = worker.sample_tokens(None)
+                output = worker.model_runner.sample_tokens(None)
                 scheduler.update_from_output(scheduler_output, output)
             scheduled = scheduler_output.num_scheduled_tokens
             ready = [r for r in requests if r.request_id in native_output]

@@ -63,6 +63,7 @@ class RoutingCapturer:
 
     def __init__(self, layout: RoutingLayout, max_tokens: int, device: torch.device) -> None:
         self.layout = layout
+        self.device = device
         self._dtype = capture_dtype(layout.num_experts, layout.top_k)
         self._fill = int(np.iinfo(self._dtype).max)
         # torch computes little in uint16; the same bits in int16 copy everywhere.
@@ -90,13 +91,15 @@ class RoutingCapturer:
         return ids.view(self._dtype)
 
     def unreported_layers(self, ids: np.ndarray[Any, Any]) -> list[int]:
-        """MoE layers, numbered from 0, whose router did not report for the whole step.
+        """Decoder layers whose router did not report for the whole step.
 
         ``ids`` are those of :meth:`copy_rows`, once they have arrived. A router writes the rows of
         all tokens at once; where it did not run, or ran on fewer, the last row is as armed.
         """
         unwritten = (ids[-1] == self._fill).all(-1)
-        return [int(layer) for layer in unwritten.nonzero()[0]] if unwritten.any() else []
+        return (
+            [self.layout.moe_layers[i] for i in unwritten.nonzero()[0]] if unwritten.any() else []
+        )
 
 
 def copy_to_host(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -90,7 +90,6 @@ def _requirements(config: Any) -> Iterator[tuple[bool, str, str, str]]:
         "remove the flag or serve a MoE model",
     )
     for field in (
-        "pipeline_parallel_size",
         "data_parallel_size",
         "decode_context_parallel_size",
         "prefill_context_parallel_size",

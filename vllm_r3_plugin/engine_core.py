@@ -36,15 +36,29 @@ def handshake(engine_core: Any) -> RoutingLayout:
             f"{engine_core.vllm_config.parallel_config.worker_cls!r} in every worker: use an "
             "executor that honours worker_cls, or remove --enable-return-routed-experts."
         ) from error
-    first = reports[0]
     for rank, report in enumerate(reports):
-        if report["layout"] != first["layout"] or report["version"] != first["version"]:
+        if report["version"] != reports[0]["version"]:
             raise RuntimeError(
-                f"worker {rank} on host {report['host']} captures {report['layout']} with moe-r3 "
-                f"{report['version']}, expected {first['layout']} with {first['version']} as on "
-                f"host {first['host']}: install the same versions on every node."
+                f"worker {rank} on host {report['host']} runs moe-r3 {report['version']}, expected "
+                f"{reports[0]['version']} as on host {reports[0]['host']}: install the same "
+                "version on every node."
             )
-    return RoutingLayout.from_dict(first["layout"])
+    # A worker captures the layers of its pipeline stage; without any, it has no layout.
+    layouts = [RoutingLayout.from_dict(r["layout"]) for r in reports if r["layout"] is not None]
+    if not layouts:
+        raise RuntimeError(
+            "no MoE router was found in the loaded model, expected at least one: serve this model "
+            "without --enable-return-routed-experts."
+        )
+    layers = sorted({layer for layout in layouts for layer in layout.moe_layers})
+    whole = replace(layouts[0], moe_layers=tuple(layers))
+    for layout in layouts:
+        if replace(layout, moe_layers=whole.moe_layers) != whole:
+            raise RuntimeError(
+                f"the workers capture {layouts[0]} and {layout}, expected the same number of "
+                "experts, top-k and layers: load the same model on every node."
+            )
+    return whole
 
 
 def moe_r3_abort(engine_core: Any, request_ids: list[str]) -> dict[str, list[Any]]:

@@ -245,10 +245,40 @@ SEAMS = (
         ("detokenizer", "prompt_len", "routed_experts_chunks"),
     ),
     Seam(
-        "vllm.v1.worker.worker_base:WorkerBase.execute_model",
-        "extended, with load_model, reload_weights and sample_tokens",
+        "vllm.v1.worker.worker_base:WorkerBase.load_model",
+        "extended, with reload_weights",
+        "listens to the routers before any graph is captured or compiled",
+        _UPSTREAM,
+    ),
+    Seam(
+        f"{_RUNNER}.execute_model",
+        "wrapped on the runner, with sample_tokens",
         "takes a snapshot after each forward and attaches it to the step's output",
         _UPSTREAM,
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model",
+        "wrapped on the runner, with sample_tokens",
+        "the same for the V2 runner",
+        _UPSTREAM,
+    ),
+    Seam(
+        "vllm.distributed.parallel_state:get_pp_group",
+        "called; its cpu_group once, at start-up",
+        "the stages of a pipeline tell each other what they capture and where to send it",
+        _UPSTREAM,
+    ),
+    Seam(
+        "vllm.distributed.parallel_state:get_tp_group",
+        "called",
+        "one worker of each tensor-parallel group is heard",
+        _UPSTREAM,
+    ),
+    Seam(
+        "vllm.utils.network_utils:get_ip",
+        "called",
+        "where the last stage of a pipeline over several hosts listens",
+        "nothing: used as vLLM does",
     ),
     Seam(
         "vllm.v1.outputs:ModelRunnerOutput",

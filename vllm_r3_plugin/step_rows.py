@@ -21,7 +21,8 @@ class StepRows:
         request_ids: R requests of the batch, in batch order.
         num_tokens: ``[R]`` rows that each of them has in this step; they sum to N.
         positions: ``[N]`` sequence position of each row, as the device used it.
-        ids: ``[N, L, k]`` logical expert ids.
+        ids: ``[N, L, k]`` logical expert ids; anything that broadcasts to it where ``status`` says
+            that they are worth nothing.
         status: why the rows of this step are worth nothing, or ``RECORDED``.
 
     """

@@ -216,7 +216,6 @@ def test_a_dense_model_without_the_flag_is_served(engine_args):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size 2"),
         ({"data_parallel_size": 2}, "data_parallel_size 2"),
     ],
 )

@@ -13,19 +13,19 @@ def losing_payloads(share: float, seed: int = 0) -> Iterator[list[bool]]:
 
     Workers of this process only.
     """
-    from vllm_r3_plugin import worker
+    from vllm_r3_plugin import step_capture
 
     rng = np.random.default_rng(seed)
     lost: list[bool] = []
-    attach = worker.attach_rows
+    attach = step_capture.attach_rows
 
     def attach_rows(output: Any, rows: Any) -> None:
         lost.append(bool(rng.random() < share))
         if not lost[-1]:
             attach(output, rows)
 
-    worker.attach_rows = attach_rows
+    step_capture.attach_rows = attach_rows
     try:
         yield lost
     finally:
-        worker.attach_rows = attach
+        step_capture.attach_rows = attach
