@@ -10,14 +10,14 @@ from .rigs.engine_process import run_in_engine_process
 from .rigs.rollouts import Rollout
 from .rigs.transformers_oracle import TransformersOracle
 
-TWO_WORKERS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-MODES = {
-    "tensor parallel": {"tensor_parallel_size": 2},
-    "expert parallel": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
-    "pipeline parallel": {
-        "pipeline_parallel_size": 2,
-        "worker_cls": "tests.vllm.rigs.workers.PipelineWorker",
-    },
+PIPELINE = {
+    "pipeline_parallel_size": 2,
+    "worker_cls": "tests.vllm.rigs.workers.PipelineWorker",
+}
+MODES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "tensor parallel": ({"tensor_parallel_size": 2}, {}),
+    "pipeline parallel": (PIPELINE, {}),
+    "first stage without a MoE layer": (PIPELINE, {"VLLM_PP_LAYER_PARTITION": "1,3"}),
 }
 
 
@@ -27,9 +27,9 @@ def _run(model: Path, mode: dict[str, Any]) -> list[Rollout]:
 
 @pytest.fixture(scope="module", params=MODES.values(), ids=list(MODES))
 def rollouts(request: pytest.FixtureRequest, moe_model: Path) -> list[Rollout]:
-    return run_in_engine_process(
-        _run, moe_model, request.param, in_process_core=False, env=TWO_WORKERS
-    )
+    mode, env = request.param
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", **env}
+    return run_in_engine_process(_run, moe_model, mode, in_process_core=False, env=env)
 
 
 def test_rows_are_those_of_transformers(

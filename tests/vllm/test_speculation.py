@@ -1,0 +1,59 @@
+"""N-gram speculation: drafts are fed, some are rejected, and only kept tokens have rows."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from .rigs.engine import generate, start_engine, workload
+from .rigs.engine_process import run_in_engine_process
+from .rigs.router_hook import RouterHook
+from .rigs.transformers_oracle import TransformersOracle
+
+DRAFTS = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 1,
+}
+
+
+def _run(model: Path) -> dict[str, Any]:
+    llm = start_engine(model, speculative_config=DRAFTS, num_gpu_blocks_override=24)
+    hook = RouterHook(llm)
+    prompts, params = workload(120, seed=9, max_tokens=40)
+    # Few letters, so that the drafter finds repetitions and guesses some of them right.
+    prompts = [[token % 3 for token in prompt] for prompt in prompts]
+    for param in params[::2]:
+        param.allowed_token_ids = [0, 1, 2]
+    scheduler = hook.scheduler
+    drafted, update = [], scheduler.make_spec_decoding_stats
+
+    def make_spec_decoding_stats(*args: Any, **kwargs: Any) -> Any:
+        drafted.append((kwargs["num_draft_tokens"], kwargs["num_accepted_tokens"]))
+        return update(*args, **kwargs)
+
+    scheduler.make_spec_decoding_stats = make_spec_decoding_stats
+    rollouts = hook.attach_to(generate(llm, prompts, params))
+    return {"rollouts": rollouts, "drafted": np.array(drafted).sum(0).tolist()}
+
+
+@pytest.fixture(scope="module")
+def run(moe_model: Path) -> dict[str, Any]:
+    return run_in_engine_process(_run, moe_model)
+
+
+def test_drafts_were_accepted_and_rejected_and_requests_preempted(run: dict[str, Any]) -> None:
+    drafts, accepted = run["drafted"]
+    assert accepted >= 50
+    assert drafts - accepted >= 50
+    assert sum(r.num_preemptions > 0 for r in run["rollouts"]) >= 5
+
+
+def test_rows_are_the_routers_own_in_order(run: dict[str, Any]) -> None:
+    assert sum(r.ordered_differences() for r in run["rollouts"]) == 0
+
+
+def test_rows_are_those_of_transformers(run: dict[str, Any], oracle: TransformersOracle) -> None:
+    assert oracle.agreement(run["rollouts"]).differing == 0
