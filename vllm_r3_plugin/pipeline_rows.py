@@ -28,7 +28,7 @@ class StageSender:
     def __init__(self, stage: int, address: str, journal: Journal) -> None:
         self._stage = stage
         self._journal = journal
-        self._socket = zmq.Context.instance().socket(zmq.PUSH)
+        self._socket: Any = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.connect(address)
@@ -66,7 +66,7 @@ class StageReceiver:
         self._dtype = dtype
         self._patience = PATIENCE_S
         self._early: dict[int, dict[int, Any]] = {}
-        self._socket = zmq.Context.instance().socket(zmq.PULL)
+        self._socket: Any = zmq.Context.instance().socket(zmq.PULL)
         self._socket.setsockopt(zmq.RCVHWM, 0)
 
     def bind(self, host: str | None) -> str:

@@ -71,7 +71,8 @@ class PendingRows:
         batch, positions = self._batch, self._positions
         parts: list[np.ndarray[Any, Any] | None] = []
         if self._receiver is not None:
-            parts += self._receiver.take(self._step, len(positions)) or [None]
+            earlier = self._receiver.take(self._step, len(positions))
+            parts += [None] if earlier is None else earlier
         if self._own is not None:
             parts.append(self._own.finish())
         found = [part for part in parts if part is not None]

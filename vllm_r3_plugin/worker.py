@@ -74,7 +74,7 @@ class RoutingCaptureWorker:
         from vllm.distributed.parallel_state import get_tp_group
 
         backend = self.vllm_config.parallel_config.distributed_executor_backend
-        return get_tp_group().is_first_rank or backend == "external_launcher"
+        return bool(get_tp_group().is_first_rank or backend == "external_launcher")
 
     def _r3_sources(self) -> list[RouterSource]:
         config = self.vllm_config.model_config
