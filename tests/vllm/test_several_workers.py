@@ -10,14 +10,12 @@ from .rigs.engine_process import run_in_engine_process
 from .rigs.rollouts import Rollout
 from .rigs.transformers_oracle import TransformersOracle
 
-PIPELINE = {
-    "pipeline_parallel_size": 2,
-    "worker_cls": "tests.vllm.rigs.workers.PipelineWorker",
-}
-MODES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
-    "tensor parallel": ({"tensor_parallel_size": 2}, {}),
-    "pipeline parallel": (PIPELINE, {}),
-    "first stage without a MoE layer": (PIPELINE, {"VLLM_PP_LAYER_PARTITION": "1,3"}),
+MODES: dict[str, dict[str, Any]] = {
+    "tensor parallel": {"tensor_parallel_size": 2},
+    "pipeline parallel": {
+        "pipeline_parallel_size": 2,
+        "worker_cls": "tests.vllm.rigs.workers.PipelineWorker",
+    },
 }
 
 
@@ -27,9 +25,8 @@ def _run(model: Path, mode: dict[str, Any]) -> list[Rollout]:
 
 @pytest.fixture(scope="module", params=MODES.values(), ids=list(MODES))
 def rollouts(request: pytest.FixtureRequest, moe_model: Path) -> list[Rollout]:
-    mode, env = request.param
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", **env}
-    return run_in_engine_process(_run, moe_model, mode, in_process_core=False, env=env)
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    return run_in_engine_process(_run, moe_model, request.param, in_process_core=False, env=env)
 
 
 def test_rows_are_those_of_transformers(
