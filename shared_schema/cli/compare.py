@@ -18,6 +18,7 @@ import numpy as np
 from shared_schema.cli.errors import CommandError
 from shared_schema.cli.files import add_reading_arguments, read_all
 from shared_schema.cli.terminal import counted, escape, percent, print_json, show, table, track
+from shared_schema.errors import RoutingSchemaError
 from shared_schema.formats import FORMATS
 from shared_schema.routed_experts import RoutedExperts
 from shared_schema.statistics import Agreement, agreement, shifted_agreement
@@ -46,9 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare; 1 if any set of experts differs."""
-    a, b = (read_all(paths, arguments) for paths in _paths(arguments))
+    paths = _paths(arguments)
+    a, b = (read_all(side, arguments) for side in paths)
     found = Agreement.concat(
-        [agreement(*pair) for pair in track(list(zip(a, b, strict=True)), "comparing")]
+        [_compare(*pair) for pair in track(list(zip(*paths, a, b, strict=True)), "comparing")]
     )
     shifts = _shifts(a, b)
     best = max(shifts, key=lambda shift: (shifts[shift], shift == (0, 0)))
@@ -77,6 +79,13 @@ def run(arguments: argparse.Namespace) -> int:
                 f"{percent(shifts[best])} the same[/yellow]"
             )
     return int(not found.same_set.all())
+
+
+def _compare(path_a: Path, path_b: Path, a: RoutedExperts, b: RoutedExperts) -> Agreement:
+    try:
+        return agreement(a, b)
+    except RoutingSchemaError as error:
+        raise CommandError(f"{path_a} and {path_b}: {error}") from None
 
 
 def _paths(arguments: argparse.Namespace) -> tuple[list[Path], list[Path]]:

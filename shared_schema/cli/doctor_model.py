@@ -53,25 +53,43 @@ def _memory(
     row: int, engine: EngineSizes, kv_tokens: int, micro_batch_tokens: int
 ) -> Iterator[Check]:
     step = num_bytes(engine.max_num_batched_tokens * row)
-    running = engine.max_num_seqs * engine.max_model_len
     yield Check(
         "memory-worker",
         "ok",
         f"{step} of device memory on each rank, for a step of {engine.max_num_batched_tokens:,} "
         f"tokens, and {step} of pinned host memory for each step under way",
     )
-    yield Check(
-        "memory-engine-core",
-        "ok",
-        f"{num_bytes(kv_tokens * row)} of host memory for the {kv_tokens:,} tokens of the KV "
-        f"cache, up to {num_bytes((kv_tokens + running) * row)} if {engine.max_num_seqs:,} "
-        f"requests of {engine.max_model_len:,} tokens are under way; "
-        'max_bytes in additional_config["r3"] limits it',
-    )
+    yield _memory_of_engine_core(row, engine, kv_tokens)
     yield Check(
         "memory-trainer",
         "ok",
         f"{num_bytes(micro_batch_tokens * row)} of device memory for each micro-batch of "
         f"{micro_batch_tokens:,} tokens on a rank that has all MoE layers, from its forward to its "
         "backward",
+    )
+
+
+def _memory_of_engine_core(row: int, engine: EngineSizes, kv_tokens: int) -> Check:
+    whole_cache = f"{num_bytes(kv_tokens * row)} for the {kv_tokens:,} tokens of the KV cache"
+    if engine.max_bytes is None:
+        running = engine.max_num_seqs * engine.max_model_len
+        return Check(
+            "memory-engine-core",
+            "ok",
+            f"{whole_cache}, up to {num_bytes((kv_tokens + running) * row)} of host memory if "
+            f"{engine.max_num_seqs:,} requests of {engine.max_model_len:,} tokens are under way; "
+            'max_bytes in additional_config["r3"] limits it',
+        )
+    if engine.max_bytes >= kv_tokens * row:
+        return Check(
+            "memory-engine-core",
+            "ok",
+            f"{num_bytes(engine.max_bytes)} of host memory, as max_bytes says; {whole_cache}",
+        )
+    return Check(
+        "memory-engine-core",
+        "warning",
+        f"max_bytes is {num_bytes(engine.max_bytes)}, expected {whole_cache}: requests that hit "
+        "prefixes whose rows were given up return no routed experts",
+        f"set max_bytes to {kv_tokens * row} or more",
     )

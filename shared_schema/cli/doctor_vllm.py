@@ -16,11 +16,12 @@ _GROUP, _PLUGIN = "vllm.general_plugins", "moe_r3"
 
 
 class EngineSizes(NamedTuple):
-    """What decides how much memory capture needs."""
+    """What decides how much memory capture needs; ``max_bytes`` is the plugin's option."""
 
     max_num_batched_tokens: int = 8192
     max_num_seqs: int = 256
     max_model_len: int = 32_768
+    max_bytes: int | None = None
 
 
 def check_vllm(
@@ -132,6 +133,8 @@ def _check_engine(config: dict[str, Any], arguments: list[str]) -> tuple[Check, 
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from vllm_r3_plugin.options import R3Options
+
     class Parser(FlexibleArgumentParser):
         def error(self, message: str) -> Any:
             raise ValueError(message)
@@ -154,6 +157,7 @@ def _check_engine(config: dict[str, Any], arguments: list[str]) -> tuple[Check, 
             engine.scheduler_config.max_num_batched_tokens,
             engine.scheduler_config.max_num_seqs,
             engine.model_config.max_model_len,
+            R3Options.of(engine).max_bytes,
         ),
     )
 

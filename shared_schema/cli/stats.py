@@ -41,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Show the statistics of all files."""
     samples = read_all(arguments.files, arguments)
+    for path, sample in zip(arguments.files, samples, strict=True):
+        samples[0].layout.require_same(sample.layout, str(path))
     found = routing_statistics(samples, lambda s: track(s, "counting"))
     if arguments.plot is not None:
         from shared_schema.cli.plots import draw_load

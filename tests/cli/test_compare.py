@@ -105,3 +105,14 @@ def test_folders_are_compared_file_by_file(r3, tmp_path):
     assert done.status == 1
     assert "2.safetensors in one alone" in done.err
     assert r3("compare", folders[0], tmp_path / "x.png").status == 1
+
+
+def test_sequences_without_a_common_row_are_named(r3, tmp_path):
+    paths = tmp_path / "a", tmp_path / "b"
+    for path, start in zip(paths, (0, 90), strict=True):
+        path.write_bytes(encode(RoutedExperts(sample().ids, LAYOUT, start)))
+    done = r3("compare", *paths)
+    assert done.status == 1
+    assert done.err.startswith(
+        f"r3 compare: {paths[0]} and {paths[1]}: the routings hold positions"
+    )

@@ -165,11 +165,18 @@ def test_the_memory_is_that_of_the_buffers():
     found = by_name(check_model(CONFIG, EngineSizes(1000, 8, 500), 10_000, 4000))
     row = 3 * 4
     assert found["memory-worker"].message.startswith(f"{row}.0 kB of device memory")
-    assert found["memory-engine-core"].message.startswith(f"{10 * row}.0 kB of host memory")
-    assert (
-        f"up to {14 * row}.0 kB if 8 requests of 500 tokens" in found["memory-engine-core"].message
-    )
+    core = found["memory-engine-core"]
+    assert core.message.startswith(f"{10 * row}.0 kB for the 10,000 tokens of the KV cache")
+    assert f"up to {14 * row}.0 kB of host memory if 8 requests of 500 tokens" in core.message
     assert found["memory-trainer"].message.startswith(f"{4 * row}.0 kB of device memory")
+
+
+@pytest.mark.parametrize(("max_bytes", "status"), [(120_000, "ok"), (119_999, "warning")])
+def test_a_store_too_small_for_the_kv_cache_is_a_warning(max_bytes, status):
+    sizes = EngineSizes(1000, 8, 500, max_bytes)
+    core = by_name(check_model(CONFIG, sizes, 10_000, 4000))["memory-engine-core"]
+    assert core.status == status
+    assert (core.fix == "set max_bytes to 120000 or more") == (status == "warning")
 
 
 @pytest.mark.parametrize(

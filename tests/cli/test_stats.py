@@ -2,7 +2,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from shared_schema import RoutedExperts, encode
+from shared_schema import RoutedExperts, RoutingLayout, encode
 
 from .conftest import LAYOUT, sample
 
@@ -56,3 +56,11 @@ def test_the_heat_map_is_dark_where_experts_are_unused(r3, files, tmp_path):
     rows = black.mean(1)
     # 12 of 16 experts in one of three layers, over most of the picture's width.
     assert 0.4 < np.median(rows[rows > 0.3]) < 0.7
+
+
+def test_a_file_of_another_model_is_named(r3, files, tmp_path):
+    layout = RoutingLayout(16, 4, (0, 1, 2), 4)
+    (tmp_path / "other").write_bytes(encode(RoutedExperts(sample().ids, layout)))
+    done = r3("stats", *files, tmp_path / "other")
+    assert done.status == 1
+    assert done.err.startswith(f"r3 stats: {tmp_path / 'other'} has moe_layers (0, 1, 2) instead")
