@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int64
 
+from shared_schema.codec import MAX_DECODED_BYTES
 from shared_schema.errors import RoutingSchemaError
 from shared_schema.layout import RoutingLayout
 from shared_schema.routed_experts import RoutedExperts, RowStatus, Source, Span, check_position
@@ -51,8 +52,8 @@ def merge(
         Rows from the first position of any part to ``length``.
 
     Raises:
-        RoutingSchemaError: no parts, parts of different models, rows beyond ``length``, or rows
-            that differ under ``"error"``.
+        RoutingSchemaError: no parts, parts of different models, rows beyond ``length``, gaps of
+            more than ``MAX_DECODED_BYTES``, or rows that differ under ``"error"``.
 
     Two turns; the second call returned its own rows only, and nobody the tool's two tokens:
 
@@ -92,6 +93,12 @@ def merge(
         raise RoutingSchemaError(
             f"length is {stop}, expected at least {last}, where the last part ends: the parts are "
             "of another sequence, or length counts something else."
+        )
+    gaps = (stop - start - sum(len(part) for part in parts)) * layout.row_nbytes
+    if gaps > MAX_DECODED_BYTES:
+        raise RoutingSchemaError(
+            f"positions {start} … {stop} need {gaps} bytes for rows that no part has, expected at "
+            f"most {MAX_DECODED_BYTES}: a part's token_start or the length is wrong."
         )
     merged = _Merged(layout, start, stop)
     for index, part in enumerate(parts):

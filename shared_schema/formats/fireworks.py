@@ -16,14 +16,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from shared_schema.codec import MAX_DECODED_BYTES
 from shared_schema.errors import RoutingSchemaError
 from shared_schema.formats.arrays import Layers, from_array, to_array
 from shared_schema.formats.base64_text import from_base64, integers_of, to_base64
 from shared_schema.layout import RoutingLayout
 from shared_schema.routed_experts import RoutedExperts, RowStatus
-
-MAX_TOKENS = 1 << 21
-"""Longest sequence that is read, so that no payload makes a reader allocate without limit."""
 
 _HEADER = struct.Struct("<4sBBBBIIIIQ")
 _MAGIC = b"R3V1"
@@ -178,16 +176,17 @@ def _checked_size(header: bytes, layout: RoutingLayout) -> int:
     sizes = {carried * n * row_size for n in (layout.num_moe_layers, layout.num_hidden_layers)}
     bitmap_size = (tokens + 7) // 8
     selector_sizes = {bitmap_size} if mode == _Selector.BITMAP else {0, bitmap_size}
+    decoded = max(tokens, carried) * layout.num_hidden_layers * row_size
     if (
-        max(tokens, carried) > MAX_TOKENS
+        decoded > MAX_DECODED_BYTES
         or selector_size not in selector_sizes
         or matrix_size not in sizes
     ):
         raise RoutingSchemaError(
             f"the payload declares {tokens} tokens, {carried} matrices in {matrix_size} bytes and "
-            f"a selector of {selector_size} bytes, expected at most {MAX_TOKENS} tokens and "
-            f"{' or '.join(str(s) for s in sorted(sizes))} bytes of matrices: it was altered, or "
-            "comes from another model."
+            f"a selector of {selector_size} bytes, {decoded} bytes of rows in all, expected "
+            f"{' or '.join(str(s) for s in sorted(sizes))} bytes of matrices and at most "
+            f"{MAX_DECODED_BYTES} of rows: it was altered, or comes from another model."
         )
     return int(selector_size + matrix_size)
 

@@ -97,12 +97,23 @@ class RoutedExpertsStruct(msgspec.Struct, array_like=True):
     dtype: str
 
 
-def r3v1(mode, selector, matrices, total, carried, first=0, version=1, magic=b"R3V1", tail=b""):
+def r3v1(
+    mode,
+    selector,
+    matrices,
+    total,
+    carried,
+    first=0,
+    version=1,
+    magic=b"R3V1",
+    tail=b"",
+    matrix_size=None,
+):
     """Fireworks' payload of uint8 ids, field by field."""
     matrices = bytes(matrices)
     header = magic + bytes([version, mode, 1, 0])
-    header += struct.pack("<III", total, carried, first)
-    header += struct.pack("<I", len(selector)) + struct.pack("<Q", len(matrices))
+    header += struct.pack("<III", total, carried, first) + struct.pack("<I", len(selector))
+    header += struct.pack("<Q", len(matrices) if matrix_size is None else matrix_size)
     assert len(header) == 32
     payload = header + selector + matrices + tail
     return b64(zstandard.ZstdCompressor().compress(payload))
@@ -386,7 +397,8 @@ def npy_header(shape):
         ("nemo-rl", "nrlre1:int32:999999999999x2x2:AAAA"),
         ("skyrl", {"data": "AAAA", "shape": [10**30, 2, 2], "dtype": "int32"}),
         ("fireworks", r3v1(2, b"", b"", total=2**32 - 1, carried=0)),
-        ("fireworks", r3v1(0, b"", bytes(1 << 24), total=1 << 22, carried=1 << 22)),
+        ("fireworks", r3v1(0, b"", IDS, total=1 << 28, carried=1 << 28, matrix_size=1 << 30)),
+        ("fireworks", r3v1(0, b"", IDS, total=1 << 26, carried=1 << 26, matrix_size=1 << 28)),
         ("fireworks", r3v1(0, b"", IDS, total=3, carried=3, tail=bytes(1 << 26))),
     ],
 )

@@ -185,6 +185,8 @@ def test_halves_that_do_not_fit_are_refused(prefill, decode, message):
         (([],), "no parts to merge"),
         (([rows(0, 5)], 4), "length is 4, expected at least 5"),
         (([rows(0, 5)], -1), "length is -1"),
+        (([rows(0, 5)], 1 << 60), "for rows that no part has, expected at most"),
+        (([rows(0, 1), RoutedExperts(IDS, LAYOUT, 1 << 60)],), "rows that no part has"),
         (([rows(0, 5)], None, "newest"), "on_conflict is 'newest'"),
         (
             ([rows(0, 5), RoutedExperts(IDS, RoutingLayout(9, 2, (1, 2), 4))],),
