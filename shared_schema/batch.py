@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int64, UInt, UInt8
 from shared_schema.errors import RoutingSchemaError
 from shared_schema.layout import RoutingLayout
 from shared_schema.routed_experts import (
+    MAX_POSITION,
     RoutedExperts,
     RowStatus,
     Span,
@@ -259,9 +260,13 @@ def _check_starts(starts: Any, size: int) -> Int64[np.ndarray, " B"]:
     if starts is None:
         return np.zeros(size, np.int64)
     array = np.asarray(starts)
-    if array.shape != (size,) or array.dtype.kind not in "iu" or bool((array < 0).any()):
+    if (
+        array.shape != (size,)
+        or array.dtype.kind not in "iu"
+        or bool(((array < 0) | (array > MAX_POSITION)).any())
+    ):
         raise RoutingSchemaError(
-            f"token_starts is {np.array2string(array, threshold=8)}, expected {size} positions of "
-            "0 or more: give one for each sequence."
+            f"token_starts is {np.array2string(array, threshold=8)}, expected {size} positions "
+            f"from 0 to {MAX_POSITION}: give one for each sequence."
         )
     return array.astype(np.int64, copy=False)

@@ -86,8 +86,9 @@ def merge(
             "whose row stays."
         )
     layout = _common_layout(parts)
-    start = min(part.token_start for part in parts)
-    last = max(part.token_stop for part in parts)
+    filled = [part for part in parts if len(part)] or parts
+    start = min(part.token_start for part in filled)
+    last = max(part.token_stop for part in filled)
     stop = last if length is None else check_position(length, "length")
     if stop < last:
         raise RoutingSchemaError(
@@ -102,7 +103,8 @@ def merge(
         )
     merged = _Merged(layout, start, stop)
     for index, part in enumerate(parts):
-        merged.add(index, part, on_conflict)
+        if len(part):
+            merged.add(index, part, on_conflict)
     return merged.result()
 
 

@@ -14,6 +14,9 @@ from shared_schema.errors import RoutingSchemaError
 from shared_schema.layout import RoutingLayout
 from shared_schema.row_checks import invalid_rows
 
+MAX_POSITION = (1 << 53) - 1
+"""Positions are integers that every JSON reader knows exactly."""
+
 
 class RowStatus(IntEnum):
     """Whether a row was recorded and, if not, why not.
@@ -225,11 +228,15 @@ def concatenate(parts: Sequence[RoutedExperts]) -> RoutedExperts:
 
 
 def check_position(value: Any, name: str) -> int:
-    """Return ``value`` as a non-negative int, or raise naming ``name``."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+    """Return ``value`` as an int from 0 to :data:`MAX_POSITION`, or raise naming ``name``."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | np.integer)
+        or not 0 <= value <= MAX_POSITION
+    ):
         raise RoutingSchemaError(
-            f"{name} is {value!r}, expected a position of 0 or more: count tokens from the "
-            "sequence's beginning."
+            f"{name} is {value!r:.60}, expected a position from 0 to {MAX_POSITION}: count tokens "
+            "from the sequence's beginning."
         )
     return int(value)
 

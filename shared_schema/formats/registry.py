@@ -139,7 +139,7 @@ def _read_r3(
 
 def _text(content: bytes) -> str:
     try:
-        return content.decode("ascii").strip()
+        return "".join(content.decode("ascii").split())  # base64 tools break lines
     except UnicodeDecodeError as error:
         raise RoutingSchemaError(
             f"the file of {len(content)} bytes is not ASCII text ({error}), expected it: check the "

@@ -290,6 +290,13 @@ def test_content_decides_where_only_one_meaning_is_valid():
     assert len(from_sglang(b64(ids), LAYOUT)) == 4
 
 
+def test_base64_in_lines_is_read_from_a_file():
+    fmt = FORMATS["vllm"]
+    lines = base64.encodebytes(base64.b64decode(fmt.write_file(ROUTED)))
+    assert lines.count(b"\n") > 1
+    assert fmt.read_file(lines, LAYOUT) == ROUTED
+
+
 def test_a_layout_is_asked_for_by_name():
     for fmt in FORMATS.values():
         if fmt.needs_layout:

@@ -85,7 +85,7 @@ def test_any_split_merged_in_any_order_keeps_every_reason(routed, data):
 
 @given(routed_experts(), st.data())
 def test_rows_that_no_part_has_are_missing_and_of_unknown_weights(routed, data):
-    cut = data.draw(st.integers(0, len(routed)))
+    cut = data.draw(st.integers(min(1, len(routed)), len(routed)))
     resume = data.draw(st.integers(cut, len(routed)))
     length = routed.token_stop + data.draw(st.integers(0, 3))
     merged = merge([routed[:cut], routed[resume:]], length)
@@ -149,6 +149,11 @@ def test_the_order_of_slots_is_part_of_agreement():
         merge([rows(0, 5), rows(2, 8, swapped)])
 
 
+def test_a_part_without_rows_says_nothing_about_positions():
+    assert merge([rows(0, 0), rows(5, 8), RoutedExperts(IDS[:0], LAYOUT, 99)]) == rows(5, 8)
+    assert merge([rows(4, 4)], 5).status.tolist() == [RowStatus.MISSING]
+
+
 def test_halves_of_prefill_and_decode_fit_together():
     elsewhere = [RowStatus.NOT_COMPUTED_HERE] * 4
     prefill = rows(0, 5, version="7")
@@ -185,8 +190,8 @@ def test_halves_that_do_not_fit_are_refused(prefill, decode, message):
         (([],), "no parts to merge"),
         (([rows(0, 5)], 4), "length is 4, expected at least 5"),
         (([rows(0, 5)], -1), "length is -1"),
-        (([rows(0, 5)], 1 << 60), "for rows that no part has, expected at most"),
-        (([rows(0, 1), RoutedExperts(IDS, LAYOUT, 1 << 60)],), "rows that no part has"),
+        (([rows(0, 5)], 1 << 50), "for rows that no part has, expected at most"),
+        (([rows(0, 1), RoutedExperts(IDS, LAYOUT, 1 << 50)],), "rows that no part has"),
         (([rows(0, 5)], None, "newest"), "on_conflict is 'newest'"),
         (
             ([rows(0, 5), RoutedExperts(IDS, RoutingLayout(9, 2, (1, 2), 4))],),

@@ -42,6 +42,8 @@ def changed(row, layer, values):
         ({"ids": np.zeros_like(IDS)}, r"\(5 such rows\)"),
         ({"token_start": -1}, "token_start is -1"),
         ({"token_start": 1.0}, r"token_start is 1\.0"),
+        ({"token_start": 1 << 53}, "token_start is 9007199254740992, expected a position from 0"),
+        ({"token_start": 10**30}, "expected a position from 0 to 9007199254740991"),
         ({"status": np.zeros(4, np.uint8)}, r"status is a ndarray of shape \(4,\)"),
         ({"status": np.full(5, 99)}, "values 99"),
         ({"status": np.ones(5, bool)}, "dtype bool, expected 5 RowStatus values"),
