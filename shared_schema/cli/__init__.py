@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 
 from shared_schema.cli import compare, convert, doctor, inspect, stats
@@ -53,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    width = min(shutil.get_terminal_size().columns - 2, 100)
     commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for module in (inspect, compare, stats, convert, doctor):
         name = module.__name__.rpartition(".")[2]
@@ -60,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=summary,
-            description=f"{summary}\n\n{rest}",
+            description=f"{summary}\n\n{textwrap.fill(rest, width)}",
             epilog=module.EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

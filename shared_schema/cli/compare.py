@@ -39,8 +39,8 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``r3 compare``."""
-    parser.add_argument("a", type=Path, metavar="A")
-    parser.add_argument("b", type=Path, metavar="B")
+    parser.add_argument("a", type=Path, metavar="A", help="file or folder")
+    parser.add_argument("b", type=Path, metavar="B", help="file or folder")
     add_reading_arguments(parser)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw layers against positions")
 

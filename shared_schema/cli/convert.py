@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ from shared_schema.formats import FORMATS, Format
 from shared_schema.layout import RoutingLayout
 
 _FORMAT_LINES = "\n".join(
-    f"  {f.name:<12} {f.suffix:<13} {f.summary}{'' if f.can_write else ' (read only)'}"
+    textwrap.fill(
+        f"  {f.name:<11} {f.suffix:<13} {f.summary}{'' if f.can_write else ' (read only)'}",
+        width=79,
+        subsequent_indent=" " * 28,
+    )
     for f in FORMATS.values()
 )
 
@@ -29,14 +34,14 @@ formats:
 {_FORMAT_LINES}
 
 examples:
-  r3 convert --from vllm --to r3 --layout Qwen3-30B-A3B/config.json answers/*.b64
+  r3 convert --from vllm --to r3 --layout Qwen3-30B-A3B answers/*.b64
   r3 convert --to npy rollout/000.safetensors --output /tmp/000.npy
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``r3 convert``."""
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="rows of one sequence")
     add_reading_arguments(parser)
     writers = [f.name for f in FORMATS.values() if f.can_write]
     parser.add_argument(

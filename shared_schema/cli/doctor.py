@@ -34,10 +34,10 @@ EPILOG = """\
 examples:
   r3 doctor
   r3 doctor --model Qwen3-30B-A3B/config.json
-  r3 doctor --model Qwen3-30B-A3B --kv-tokens 1200000 -- --tensor-parallel-size 4
+  r3 doctor --model Qwen3-30B-A3B -- --tensor-parallel-size 4
 
-A library that is not installed is a warning: the rollout's machines need no megatron-core, the
-trainer's no vLLM. Exit status 1 means that a line is an error.
+A library that is not installed is a warning: the rollout needs no megatron-core,
+the trainer no vLLM. Exit status 1 means that a line is an error.
 """
 
 _STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a micro-batch on one rank of the trainer (default: %(default)s)",
     )
     parser.add_argument(
-        "engine_arguments", nargs="*", metavar="-- ARGUMENT", help="arguments of `vllm serve`"
+        "engine_arguments", nargs="*", metavar="-- ARGUMENT", help="one of `vllm serve`"
     )
 
 

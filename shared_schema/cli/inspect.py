@@ -41,14 +41,14 @@ examples:
 
 sizes:
   packed         ceil(log2 E) bits for each id
-  load entropy   each id drawn from the load of this file's experts, without repeating one
-  even choice    log2(E! / (E - k)!) bits for each row and layer: all choices equally likely
+  load entropy   each id drawn from the load of this file's experts, none twice
+  even choice    log2(E! / (E - k)!) bits for each row and layer
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``r3 inspect``."""
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="rows of one sequence")
     add_reading_arguments(parser)
 
 

@@ -25,7 +25,7 @@ columns:
   max/mean   its load over the mean load: 1 is even
   unused     experts that no row chose
   entropy    of the load, in bits; log2 E is even
-  bits/id    to write an id in its slot when the load is known, see `r3 inspect --help`
+  bits/id    to write an id when the load is known, see `r3 inspect --help`
   shared     experts of a token that the token before it used too
   chance     what two independent tokens under this load share
 """
@@ -33,7 +33,7 @@ columns:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``r3 stats``."""
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="rows of one sequence")
     add_reading_arguments(parser)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw layers against experts")
 

@@ -30,6 +30,7 @@ def test_help_shows_an_example(r3, command):
     assert done.status == 0
     assert f"\n  r3 {command}" in done.out
     assert "--json" in done.out
+    assert max(map(len, done.out.splitlines())) <= 80
 
 
 def test_help_of_all_names_each_command_and_the_exit_statuses(r3):
