@@ -36,8 +36,8 @@ examples:
   r3 doctor --model Qwen3-30B-A3B/config.json
   r3 doctor --model Qwen3-30B-A3B -- --tensor-parallel-size 4
 
-A library that is not installed is a warning: the rollout needs no megatron-core,
-the trainer no vLLM. Exit status 1 means that a line is an error.
+A library that is not installed is a warning: the rollout needs no
+megatron-core, the trainer no vLLM. Exit status 1 means that a line is an error.
 """
 
 _STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
