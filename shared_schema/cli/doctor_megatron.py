@@ -16,7 +16,9 @@ def check_megatron() -> list[Check]:
         return [_not_importable(error)]
     except Exception as error:
         return [_broken(error)]
-    return [*_check_seams(megatron.core.__version__), _refusals()]
+    # megatron-core appends the commit of whatever git checkout it runs in.
+    installed = megatron.core.__version__.partition("+")[0]
+    return [*_check_seams(installed), _refusals()]
 
 
 def _refusals() -> Check:

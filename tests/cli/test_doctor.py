@@ -144,6 +144,14 @@ def test_a_symbol_that_megatron_lost_is_an_error_that_names_it(monkeypatch):
     assert "divide takes no no_such_parameter" in found[2].message
 
 
+@pytest.mark.parametrize(("installed", "status"), [("0.19.2+62f39ab", "ok"), ("0.18.0", "warning")])
+def test_a_megatron_that_was_never_tested_is_a_warning(monkeypatch, installed, status):
+    import megatron.core
+
+    monkeypatch.setattr(megatron.core, "__version__", installed)
+    assert by_name(doctor_megatron.check_megatron())["megatron"].status == status
+
+
 @pytest.mark.parametrize(
     ("config", "arguments", "says"),
     [
