@@ -77,6 +77,8 @@ class Frame:
         replayed: ``[T]`` bool on the device, True for replayed rows; only where sampled.
         forwards: how often each local router used it in a forward.
         recomputes: how often each local router used it in a recompute.
+        uses_left: router calls that may still come.
+        backward_follows: whether gradients were on when it was fed.
 
     """
 
@@ -91,11 +93,15 @@ class Frame:
     native_choice: list[torch.Tensor | None] = field(init=False)
     forwards: list[int] = field(init=False)
     recomputes: list[int] = field(init=False)
+    uses_left: int = field(init=False)
+    backward_follows: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.native_choice = [None] * len(self.ids)
         self.forwards = [0] * len(self.ids)
         self.recomputes = [0] * len(self.ids)
+        self.uses_left = len(self.ids)
+        self.backward_follows = torch.is_grad_enabled()
 
     @classmethod
     def to_record(
@@ -236,6 +242,12 @@ class Frame:
         """Rows by kind."""
         return RowCounts(*np.bincount(self.kinds, minlength=len(RowKind)).tolist())
 
+    @property
+    def is_released(self) -> bool:
+        """Whether :meth:`release` was called."""
+        return "ids" not in vars(self)
+
     def release(self) -> None:
         """Give the device memory back; counters and what is on the host stay."""
-        del self.ids, self.native_rows, self.native_choice, self.uncounted_rows, self.replayed
+        if not self.is_released:
+            del self.ids, self.native_rows, self.native_choice, self.uncounted_rows, self.replayed

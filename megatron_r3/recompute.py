@@ -42,6 +42,15 @@ def running_node() -> tuple[int, bool]:
     return node._sequence_nr(), "Checkpoint" in node.name()
 
 
+def may_be_repeated() -> bool:
+    """Whether a checkpoint may repeat the forward that runs now, in a step with a backward pass.
+
+    A reentrant one runs its forward without gradients, any other hooks into what is saved.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return not torch.is_grad_enabled() or hooks is not None
+
+
 @dataclass
 class _Calls(Generic[T]):
     numbers: list[int] = field(default_factory=list)

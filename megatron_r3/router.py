@@ -34,6 +34,8 @@ class ReplayTopKRouter(PolicyRouter):
         routed = super().routing(logits, *args, **kwargs)
         asked = handle.asked
         handle.begin_call()
+        if handle.calls is not None:
+            handle.calls.release_spent()
         if not asked and handle.calls is not None and handle.calls.schedule_is_open:
             raise ReplayStateError(
                 f"the router of layer {self.layer_number} chose its experts without asking for a "

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from megatron_r3 import recompute
 from megatron_r3.errors import ReplayStateError
 from megatron_r3.frames import Frame
@@ -31,6 +33,7 @@ class ChunkCalls:
     modes: list[Mode] = field(default_factory=list)
     frames: list[Frame] = field(default_factory=list)
     _logs: list[CallLog[Frame]] = field(default_factory=list)
+    _spent: list[Frame] = field(default_factory=list)
     _opened_at: int = 0
     _last_closed: range = range(0)
 
@@ -52,13 +55,15 @@ class ChunkCalls:
         if not self.modes:
             if mode != "native":
                 self._last_closed = range(self._opened_at, recompute.sequence_number())
-            self._logs, self.frames = [], []
+            self._logs, self.frames, self._spent = [], [], []
 
     def push(self, frame: Frame) -> None:
         """Make ``frame`` the one that the next forward uses."""
         if self.frames:
             self._check_forward(self.frames[-1])
         self.frames.append(frame)
+        if not self.layers and self.modes[0] == "replay":
+            frame.release()
 
     def resolve(self, layer: int) -> tuple[Frame | None, bool]:
         """The frame of a call of local router ``layer`` and whether the call is a recompute.
@@ -87,9 +92,17 @@ class ChunkCalls:
             )
         frame = self.frames[-1]
         frame.forwards[layer] += 1
+        if not (frame.backward_follows and recompute.may_be_repeated()):
+            self._note_last_use(frame)
         return frame
 
     def _of_recompute(self, layer: int) -> Frame | None:
+        if not torch.is_grad_enabled():
+            raise ReplayStateError(
+                f"layer {self.layers[layer]} of {self.name} runs without gradients inside a "
+                "recompute, expected no checkpoint inside a checkpoint, whose calls cannot be told "
+                "apart: leave one of the two out."
+            )
         node, _ = recompute.running_node()
         if node in self._last_closed:
             raise ReplayStateError(
@@ -105,10 +118,31 @@ class ChunkCalls:
                 raise ReplayStateError(
                     f"layer {self.layers[layer]} of {self.name} is recomputed a second time for "
                     f"micro-batch {frame.micro_batch}, expected once: run each graph backward "
-                    "once, without retain_graph."
+                    "once, without retain_graph, and put no checkpoint inside a checkpoint."
+                )
+            if frame.is_released:
+                raise ReplayStateError(
+                    f"layer {self.layers[layer]} of {self.name} is recomputed for micro-batch "
+                    f"{frame.micro_batch}, whose routes were given back behind its forward, "
+                    "expected none without gradients: call feed() where gradients are enabled."
                 )
             frame.recomputes[layer] += 1
+            self._note_last_use(frame)
         return frame
+
+    def _note_last_use(self, frame: Frame) -> None:
+        frame.uses_left -= 1
+        if not frame.uses_left and self.modes[0] == "replay":
+            self._spent.append(frame)
+
+    def release_spent(self) -> None:
+        """Give the device memory of frames back that no call will use again.
+
+        For a router to call when it has routed: what it was given last is still in use until then.
+        """
+        for frame in self._spent:
+            frame.release()
+        self._spent.clear()
 
     def check_balance(self) -> None:
         """Check that every fed frame was used as often as its routers had to run.

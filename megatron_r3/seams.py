@@ -142,6 +142,13 @@ REPLAY_SEAMS = (
         until="checkpoints hand their recompute an identity",
     ),
     Seam(
+        symbol="torch._C:_autograd._top_saved_tensors_default_hooks",
+        what="tells whether a non-reentrant checkpoint is around a forward",
+        why="where none is, the routes of a micro-batch are given back right behind its forward",
+        versions=BOTH,
+        until="checkpoints hand their recompute an identity",
+    ),
+    Seam(
         symbol="torch._C:_autograd._get_sequence_nr",
         what="the number that a forward is remembered by",
         why="as above",

@@ -42,6 +42,8 @@ class Step:
     gradients: dict[str, list[Part]] = field(default_factory=dict)
     """By checkpoint key."""
     witnesses: list[RouterWitness] = field(default_factory=list)
+    held: int = 0
+    """Micro-batches whose routes were on the device behind the last backward."""
 
     def same_bits(self, other: "Step") -> bool:
         mine, theirs = [*self._parts()], [*other._parts()]
@@ -161,6 +163,8 @@ class Rank:
             )
         for witness in step.witnesses:
             witness.leave()
+        frames = [frame for chunk in self.controller._chunks for frame in chunk.calls.frames]
+        step.held = sum(not frame.is_released for frame in frames)
         if not forward_only:
             step.gradients = gradients_by_name(self.chunks)
         return step
@@ -381,6 +385,7 @@ def alias_mtp(rank: Rank) -> None:
                 handle.calls = SimpleNamespace(
                     resolve=lambda layer, calls=chunk.calls: (calls.frames[-1], True),
                     schedule_is_open=True,
+                    release_spent=lambda: None,
                 )
 
 

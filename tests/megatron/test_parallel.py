@@ -73,6 +73,11 @@ def test_foreign_routes_are_used_in_every_row_of_every_call(name: str) -> None:
 
 
 @every_layout
+def test_no_routes_are_held_behind_the_last_backward(name: str) -> None:
+    assert sum(report.foreign.held for report in reports(name)) == 0
+
+
+@every_layout
 def test_logits_and_gradients_are_those_of_one_process(name: str) -> None:
     layout, ranks = LAYOUTS[name], [report.foreign for report in reports(name)]
     reference = in_one_process(layout.model, layout.micro_batches)
