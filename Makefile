@@ -32,6 +32,7 @@ lint: $(READY) ## Check style and types
 
 bench: $(READY) ## Run the benchmarks; each ends with a line of JSON
 	$(PY) -m benchmarks.codec
+	$(PY) -m benchmarks.layout
 	$(PY) -m benchmarks.store_step
 	$(PY) -m benchmarks.capture_throughput
 
