@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from megatron_r3.frames import RowCounts as RowCounts
     from megatron_r3.layout_plan import LayoutPlan as LayoutPlan
     from megatron_r3.layout_plan import Shard as Shard
+    from megatron_r3.layout_plan import aligned_lengths as aligned_lengths
+    from megatron_r3.layout_plan import token_identities as token_identities
     from megatron_r3.metrics import LayerMetrics as LayerMetrics
     from megatron_r3.metrics import ReplayMetrics as ReplayMetrics
     from megatron_r3.router import ReplayTopKRouter as ReplayTopKRouter
@@ -54,7 +56,7 @@ _HOMES = {
         "UnsupportedRouterError",
     ),
     "frames": ("RowCounts",),
-    "layout_plan": ("LayoutPlan", "Shard"),
+    "layout_plan": ("LayoutPlan", "Shard", "aligned_lengths", "token_identities"),
     "metrics": ("LayerMetrics", "ReplayMetrics"),
     "router": ("ReplayTopKRouter",),
     "schedule": ("Schedule", "ScheduleReport"),
@@ -79,9 +81,11 @@ __all__ = [
     "ScheduleReport",
     "Shard",
     "UnsupportedRouterError",
+    "aligned_lengths",
     "attach",
     "detach",
     "install",
+    "token_identities",
     "uninstall",
 ]
 

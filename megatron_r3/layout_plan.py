@@ -128,8 +128,8 @@ class LayoutPlan:
             ends = np.cumsum(rooms)
             owner = np.searchsorted(ends, row, side="right").astype(np.int32)
             position = _narrow(row - np.append(ends - rooms, 0)[owner])
-        real = position < np.append(counts, 0)[owner]
-        return cls(counts, np.where(real, owner, np.int32(-1)), position)
+        owner[position >= np.append(counts, 0).astype(np.int32)[owner]] = -1
+        return cls(counts, owner, position)
 
     @classmethod
     def from_map(cls, lengths: Integers, sample: Integers, position: Integers) -> LayoutPlan:
@@ -271,12 +271,13 @@ class LayoutPlan:
             where there is no token.
 
         """
-        known = self.position < (token_starts + row_counts)[self.sample]
+        source: Int64[np.ndarray, " T"] = (first_rows - token_starts)[self.sample]
+        source += self.position
+        stops = (token_starts + row_counts).astype(np.int32)
+        source[self.position >= stops[self.sample]] = NO_ROW
         if token_starts.any():
-            known &= self.position >= token_starts[self.sample]
-        source: Int64[np.ndarray, " T"] = (first_rows - token_starts)[self.sample] + self.position
-        source[~known] = NO_ROW
-        source[self.is_padding] = PADDING
+            source[self.position < token_starts[self.sample]] = NO_ROW
+        source[self.sample < 0] = PADDING
         return source
 
     def scatter(self, tokens: Shaped[np.ndarray, "tokens ..."], fill: Any) -> Any:

@@ -133,13 +133,13 @@ def _read_samples(
     order = np.argsort(plan.sample, kind="stable")
     bounds = np.searchsorted(plan.sample[order], np.arange(len(routes) + 1))
     for index, route in enumerate(routes):
-        if route is None:
+        rows = order[bounds[index] : bounds[index + 1]]
+        if route is None or not len(rows):
             continue
         sample = _opened(route, f"sample {index}")
         _check_layout(f"sample {index}", sample.layout, sample.ids, layout)
         length = plan.lengths[index : index + 1]
         _check_stops(np.array([sample.token_stop]), length, np.array([True]), index)
-        rows = order[bounds[index] : bounds[index + 1]]
         source = plan.position[rows] - sample.token_start
         source[source >= len(sample)] = -1
         run = _as_slice(rows)
@@ -173,9 +173,7 @@ def _opened(route: Any, what: str) -> RoutedExperts:
 
 def _as_slice(rows: Int64[np.ndarray, " n"]) -> slice | None:
     """``rows`` as a slice where they are evenly spaced, as they are in Megatron's own layouts."""
-    if len(rows) < 2:
-        return slice(int(rows[0]), int(rows[0]) + 1) if len(rows) else slice(0)
-    step = int(rows[1] - rows[0])
+    step = int(rows[1] - rows[0]) if len(rows) > 1 else 1
     if bool((np.diff(rows) != step).any()):
         return None
     return slice(int(rows[0]), int(rows[-1]) + 1, step)
@@ -218,8 +216,10 @@ def _check_experts(
     layers: Sequence[int],
     layout: RoutingLayout,
 ) -> None:
-    bad = invalid_rows(ids.reshape(-1, 1, layout.top_k), layout).reshape(ids.shape[:2]) & recorded
+    slots = ids.reshape(-1, 1, layout.top_k)
+    bad = invalid_rows(slots, layout, np.tile(recorded, len(layers)))
     if bad.any():
+        bad = bad.reshape(ids.shape[:2])
         local, row = (int(i) for i in np.argwhere(bad)[0])
         raise InvalidExpertsError(
             f"sample {int(plan.sample[row])}, position {int(plan.position[row])}, layer "

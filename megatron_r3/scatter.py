@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt
 
-_ROWS_IN_CACHE = 1024
+_ROWS_IN_CACHE = 2048
 _WORDS = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}
 
 
@@ -42,8 +42,10 @@ def scatter(
     k, size = values.shape[2], values.dtype.itemsize
     low, high = min(layers), max(layers) + 1
     # np.asarray, since slices of a memmap are slow objects.
-    window = np.asarray(values)[:, low:high].reshape(len(values), -1)
-    rows = window.view(f"V{window.shape[1] * size}")[:, 0]
+    window = np.asarray(values)[:, low:high]
+    if window.strides[1:] != (k * size, size):
+        window = np.ascontiguousarray(window)
+    rows = window.reshape(len(values), -1).view(f"V{(high - low) * k * size}")[:, 0]
     word = np.dtype(_WORDS.get(k * size, f"V{k * size}"))
     target = out.view(word)[..., 0]
     columns: Any = np.asarray(layers) - low

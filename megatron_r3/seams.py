@@ -128,6 +128,23 @@ REPLAY_SEAMS = (
         until="never: it is the API that frameworks use",
     ),
     Seam(
+        symbol="megatron.core.packed_seq_params:PackedSeqParams",
+        what="lengths of a pack, and its own context-parallel group, are read from it",
+        why="it is what a trainer hands to the model of a packed micro-batch",
+        versions=BOTH,
+        until="never: it is how packs are described",
+        parameters=("cu_seqlens_q", "cu_seqlens_q_padded", "local_cp_size", "cp_group"),
+    ),
+    Seam(
+        symbol=(
+            "megatron.core.transformer.transformer_layer:TransformerLayer._maybe_unflatten_for_moe"
+        ),
+        what="the order in which it brings rows before a MoE layer is followed",
+        why="PackedSeqParams.tokens_per_sample turns [mbs * S, 1] into [S, mbs] before the router",
+        versions=("0.19.2",),
+        until="the rows of a pack keep their order in MoE layers",
+    ),
+    Seam(
         symbol="torch._C:_current_graph_task_id",
         what="tells a recompute from a forward",
         why="a mode that callers flip is wrong under interleaved and overlapped schedules",

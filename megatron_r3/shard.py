@@ -95,8 +95,9 @@ class Shard:
         first = self.sp_rank * (total // self.sp_size)
         last = first + total // self.sp_size
         held = np.clip(ends, first, last) - np.clip(ends - chunk, first, last)
-        shift = (start - (ends - chunk)).astype(np.int32)
-        offset = np.arange(first, last, dtype=np.int32) + np.repeat(shift, held)
+        # In place from here on: what is as long as the rows should be allocated once.
+        offset = np.repeat((start - (ends - chunk)).astype(np.int32), held)
+        offset += np.arange(first, last, dtype=np.int32)
         return np.repeat(owner.astype(np.int32), held), offset
 
 

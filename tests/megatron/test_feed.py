@@ -10,8 +10,9 @@ import torch
 
 import megatron_r3
 from megatron_r3 import LayoutPlan
-from shared_schema import RoutedExperts, RoutedExpertsBatch, RoutingLayout
-from tests.megatron.foreign_routes import RouterWitness, foreign_routes
+from megatron_r3.layout_plan import token_identities
+from shared_schema import RoutedExperts, RoutedExpertsBatch, RoutingLayout, encode
+from tests.megatron.foreign_routes import RouterWitness, expected_map, foreign_routes
 from tests.megatron.micro_batches import MIXED, forward, padded_micro_batches
 from tests.megatron.tiny_gpt import tiny_chunks, tiny_config
 
@@ -156,20 +157,69 @@ def test_rows_and_samples_without_routes_are_counted_as_unrecorded(
     assert "sample 1: unrecorded 0…4" in explained
 
 
-def test_a_left_padded_batch_takes_a_plan(controller: Any, model: Any) -> None:
-    [batch] = padded_micro_batches(MIXED[:1])
-    plan = LayoutPlan.padded(LENGTHS, batch.width, side="left")
+def assert_followed(
+    controller: Any, model: Any, plan: LayoutPlan, cells: Any, feed: dict[str, Any], width: int
+) -> None:
+    """Run one forward; every router must use the foreign experts of each row's cell."""
+    [batch] = padded_micro_batches([(tuple(plan.lengths.tolist()), width)])
     witness = RouterWitness(micro_batch=0).watch(model)
-    with controller.schedule("replay"):
-        controller.feed(model, good, plan=plan)
+    with controller.schedule("replay") as schedule:
+        controller.feed(model, **feed)
         forward(model, batch)
+    assert schedule.report.rows.replayed == sum(cell is not None for cell in cells)
     for layer in range(3):
-        used = witness.forwards[0, layer]
-        for sample, routed in enumerate(good):
-            for position in range(routed.num_rows):
-                column = batch.width - LENGTHS[sample] + position
-                experts = torch.nonzero(used[column * len(LENGTHS) + sample]).flatten().tolist()
-                assert experts == sorted(routed.ids[position, layer].tolist())
+        expected, replayed = expected_map(LAYOUT, cells, layer)
+        assert torch.equal(witness.forwards[0, layer][replayed], expected[replayed])
+
+
+def cells_of(plan: LayoutPlan, samples: Any) -> list[Any]:
+    """(sample of the global batch, position) of each row that has a route."""
+    return [
+        (samples[sample], int(position)) if 0 <= position < plan.lengths[sample] - 1 else None
+        for sample, position in zip(plan.sample, plan.position, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("form", ["batch", "list", "bytes", "files"])
+def test_a_micro_batch_is_fed_from_the_global_batch(
+    controller: Any, model: Any, tmp_path: Any, form: str
+) -> None:
+    everything = foreign_routes(LAYOUT, (9, 5, 7, 12))
+    files = [tmp_path / f"{number}.r3" for number in range(4)]
+    for file, routes in zip(files, everything, strict=True):
+        file.write_bytes(encode(routes))
+    forms = {
+        "batch": everything,
+        "list": list(everything),
+        "bytes": [encode(routes) for routes in everything],
+        "files": files,
+    }
+    plan = LayoutPlan.padded([12, 5], 12)
+    feed = {"routes": forms[form], "samples": [3, 1], "host_lengths": [12, 5]}
+    assert_followed(controller, model, plan, cells_of(plan, [3, 1]), feed, 12)
+
+
+def test_a_left_padded_batch_takes_a_plan(controller: Any, model: Any) -> None:
+    plan = LayoutPlan.padded(LENGTHS, 12, side="left", shard=controller.shard(model))
+    feed = {"routes": good, "plan": plan}
+    assert_followed(controller, model, plan, cells_of(plan, range(2)), feed, 12)
+
+
+def test_a_packer_of_ones_own_takes_identities(controller: Any, model: Any) -> None:
+    packed = np.full((2, 12), 7)
+    for row, identities in zip(packed, token_identities(LENGTHS), strict=True):
+        row[2 : 2 + len(identities)] = identities[::-1]
+    plan = LayoutPlan.from_identities(LENGTHS, packed, controller.shard(model))
+    assert plan.position[4] == 8
+    feed = {"routes": good, "plan": plan}
+    assert_followed(controller, model, plan, cells_of(plan, range(2)), feed, 12)
+
+
+def test_ids_wait_on_the_device_in_their_wire_dtype(replay: Any, model: Any) -> None:
+    replay.feed(model, good, host_lengths=LENGTHS)
+    [frame] = replay._chunks[0].calls.frames
+    assert frame.ids.dtype == torch.uint8
+    assert frame.ids.shape == (3, 18, 4)
 
 
 def test_a_chunk_of_another_model_is_refused(replay: Any, world_of_one: None) -> None:
