@@ -13,13 +13,14 @@ from shared_schema.errors import RoutingSchemaError
 from shared_schema.layout import RoutingLayout
 
 _REQUIRED = object()
+_MOST_LAYERS = 100_000
 
 
 def layout_from_hf_config(config: Any) -> RoutingLayout:
     """See :meth:`RoutingLayout.from_hf_config`."""
     fields = _Fields(config)
     model_type = fields.get("model_type", default=None)
-    if model_type not in _RULES:
+    if not isinstance(model_type, str) or model_type not in _RULES:
         text = fields.get("text_config", default=None)
         if text is not None:
             return layout_from_hf_config(text)
@@ -36,10 +37,22 @@ def layout_from_hf_config(config: Any) -> RoutingLayout:
             "experts: a dense model has no routing to record."
         )
     num_layers = fields.get("num_hidden_layers")
+    if not isinstance(num_layers, int) or not 0 < num_layers <= _MOST_LAYERS:
+        raise RoutingSchemaError(
+            f"num_hidden_layers is {num_layers!r}, expected 1 … {_MOST_LAYERS}: check that it is "
+            "the model's own config."
+        )
+    try:
+        moe_layers = tuple(i for i in range(num_layers) if is_moe_layer(fields, i))
+    except (TypeError, ZeroDivisionError) as error:
+        raise RoutingSchemaError(
+            f"the {model_type} config does not say which layers have experts ({error}), expected "
+            "layer numbers and positive steps: check that it is the model's own config."
+        ) from None
     return RoutingLayout(
         num_experts=num_experts,
         top_k=fields.get("num_experts_per_tok", "experts_per_token"),
-        moe_layers=tuple(i for i in range(num_layers) if is_moe_layer(fields, i)),
+        moe_layers=moe_layers,
         num_hidden_layers=num_layers,
     )
 

@@ -135,6 +135,18 @@ def test_a_multimodal_config_is_read_through_its_text_config():
             {"model_type": "olmoe", "num_experts": 8, "num_hidden_layers": 2},
             "no num_experts_per_tok",
         ),
+        ({"model_type": ["olmoe"]}, "model_type is \\['olmoe'\\]"),
+        ({"model_type": "olmoe", "num_experts": 8, "num_hidden_layers": 10**30}, "expected 1 … "),
+        ({"model_type": "olmoe", "num_experts": 8, "num_hidden_layers": "2"}, "expected 1 … "),
+        (
+            {
+                "model_type": "qwen3_moe",
+                "num_experts": 8,
+                "num_hidden_layers": 2,
+                "decoder_sparse_step": "2",
+            },
+            "does not say which layers have experts",
+        ),
     ],
 )
 def test_a_config_that_does_not_say_enough_is_refused_by_name(config, message):
