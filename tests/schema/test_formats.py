@@ -123,6 +123,7 @@ PRIME = RoutedExpertsStruct(ALL_LAYERS.astype(np.uint8).tobytes(), [3, 4, 2], "u
 KIND = [
     (from_sglang, b64(ALL_LAYERS.astype("<i4").tobytes()), {"layers": "all"}),
     (from_sglang, b64(ALL_LAYERS.astype("<i4").tobytes()), {"num_rows": 3}),
+    (from_sglang, b64(ALL_LAYERS.astype("u1").tobytes()), {"dtype": "uint8"}),
     (from_sglang, b64(ALL_LAYERS.astype("<i4").tobytes()).encode(), {"num_rows": 3}),
     (
         from_skyrl,
@@ -281,6 +282,12 @@ def test_bytes_that_fit_all_layers_and_moe_layers_ask_which():
     assert from_sglang(text, layout, layers="all").ids.tolist() == [[[3, 1]], [[2, 5]]]
     assert from_sglang(text, layout, num_rows=2).is_complete
     assert from_sglang(text, layout, num_rows=4).recorded.tolist() == [False, True, False, True]
+
+
+def test_no_rows_are_no_rows_whatever_the_layers():
+    assert len(from_sglang("", LAYOUT)) == len(from_nested([], LAYOUT)) == 0
+    with pytest.raises(RoutingSchemaError, match="expected 3 rows of this model"):
+        from_sglang("", LAYOUT, num_rows=3)
 
 
 def test_content_decides_where_only_one_meaning_is_valid():
