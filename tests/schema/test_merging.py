@@ -72,6 +72,42 @@ def test_any_parts_of_a_sequence_merged_give_the_sequence(drawn, on_conflict):
     assert checked == merged, "what is built without checks would pass them"
 
 
+@st.composite
+def disagreeing_parts(draw):
+    """Parts that overlap, differ, lack rows and come from other weights."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    parts = []
+    for version in range(draw(st.integers(1, 4))):
+        start, length = draw(st.integers(0, 9)), draw(st.integers(1, 6))
+        status = [draw(st.sampled_from(list(RowStatus) + [0] * 6)) for _ in range(length)]
+        ids = distinct_ids(rng, length, LAYOUT)
+        part = RoutedExperts(ids, LAYOUT, start, np.array(status, np.uint8))
+        parts.append(part.with_origin(str(version)))
+    return parts
+
+
+@given(disagreeing_parts(), st.sampled_from(["as_generated", "latest"]))
+def test_a_policy_decides_row_by_row(parts, on_conflict):
+    chosen = {}
+    for part in parts:
+        for row, origin in enumerate(origins(part)):
+            position = part.token_start + row
+            new = (part.status[row], part.ids[row].tolist(), origin)
+            old = chosen.get(position, (RowStatus.MISSING,))
+            both = old[0] == new[0] == RowStatus.RECORDED
+            if (
+                old[0] == RowStatus.MISSING
+                or (both and on_conflict == "latest")
+                or (old[0] != RowStatus.RECORDED and new[0] == RowStatus.RECORDED)
+            ):
+                chosen[position] = new
+    merged = merge(parts, on_conflict=on_conflict)
+    for row, origin in enumerate(origins(merged)):
+        nothing = (RowStatus.MISSING, np.full((2, 2), 255).tolist(), (Source.ROLLOUT, None))
+        expected = chosen.get(merged.token_start + row, nothing)
+        assert (merged.status[row], merged.ids[row].tolist(), origin) == expected
+
+
 @given(routed_experts(), st.data())
 def test_any_split_merged_in_any_order_keeps_every_reason(routed, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(routed)), max_size=4)))
