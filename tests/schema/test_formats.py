@@ -314,6 +314,17 @@ def test_a_layout_is_asked_for_by_name():
     assert FORMATS["r3"].read(FORMATS["r3"].write(ROUTED)) == ROUTED
 
 
+def test_what_a_format_cannot_do_is_said():
+    with pytest.raises(RoutingSchemaError, match="format vllm-split can only be read"):
+        FORMATS["vllm-split"].write(ROUTED)
+    with pytest.raises(RoutingSchemaError, match="format vllm lists the layers in one way only"):
+        FORMATS["vllm"].read("", LAYOUT, layers="moe")
+    with pytest.raises(RoutingSchemaError, match="token_start is 5, expected 0 as the payload"):
+        FORMATS["r3"].read(FORMATS["r3"].write(ROUTED), token_start=5)
+    with pytest.raises(RoutingSchemaError, match="dtype is 'int8', expected int32, uint16, uint8"):
+        from_sglang("", LAYOUT, dtype="int8")
+
+
 @pytest.mark.parametrize(
     ("reader", "data", "message"),
     [
