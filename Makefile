@@ -6,7 +6,7 @@ MEGATRON_LATEST := $(VENV)/megatron-core-0.19.2
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench evidence clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,11 @@ bench: $(READY) ## Run the benchmarks; each ends with a line of JSON
 	$(PY) -m benchmarks.layout
 	$(PY) -m benchmarks.store_step
 	$(PY) -m benchmarks.capture_throughput
+
+evidence: $(READY) ## Measure routing and replay on real traces, write docs/evidence.md
+	@$(PY) -m examples.evidence --out build/evidence
+	@cp build/evidence/evidence.md build/evidence/evidence_load.png \
+	  build/evidence/evidence_replay.png docs/
 
 clean: ## Remove the environment and everything built
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

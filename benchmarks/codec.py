@@ -156,7 +156,7 @@ def measure(shape: Shape, tokens: int, rounds: int, warm_up: int) -> dict[str, A
     }
     result |= result.pop("packed")
     for way in ("encode", "decode"):
-        slow, fast = median_interval(seconds[f"packed {way}"])[::-1]
+        slow, fast = median_interval(seconds[f"packed {way}"].tolist())[::-1]
         bounds = [routed.ids.nbytes / slow / 1e9, routed.ids.nbytes / fast / 1e9]
         result[f"{way}_gb_s_interval"] = bounds
     return result | {f"{part}_gb_s": float(speed[part]) for part in _parts(routed)}

@@ -57,7 +57,7 @@ def run(
     # A second thread gains a tenth on matrices this small, and loses threefold on shared cores.
     torch.set_num_threads(1)
     _announce("1/4", "A small Qwen3-MoE, trained on Python's standard library")
-    model = _model(out / "model", train_steps)
+    model = small_model(out / "model", train_steps)
     layout = RoutingLayout.from_hf_config(read_hf_config(model))
     _announce("2/4", "Rollout: vllm serve --enable-return-routed-experts")
     with ExitStack() as running:
@@ -78,10 +78,10 @@ def run(
     return report.exit_status
 
 
-def _model(cache: Path, train_steps: int) -> Path:
+def small_model(cache: Path, train_steps: int) -> Path:
     model = checkpoint_folder(cache, train_steps)
     if not model.exists():
-        with _progress(TextColumn("loss {task.fields[loss]:.2f} nats a byte")) as progress:
+        with progress_bar(TextColumn("loss {task.fields[loss]:.2f} nats a byte")) as progress:
             task = progress.add_task("training, once", total=train_steps, loss=np.nan)
             train_checkpoint(
                 model,
@@ -93,7 +93,7 @@ def _model(cache: Path, train_steps: int) -> Path:
 
 
 def _sample(url: str, layout: RoutingLayout, prompts: int, max_tokens: int) -> list[Sample]:
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("sampling", total=prompts)
         return roll_out(
             url, held_out_prompts(prompts), max_tokens, layout, lambda: progress.advance(task)
@@ -167,7 +167,7 @@ def _announce(number: str, title: str) -> None:
     console.print(f"[bold cyan]{number}[/]  [bold]{title}[/]", highlight=False)
 
 
-def _progress(*more: ProgressColumn) -> Progress:
+def progress_bar(*more: ProgressColumn) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
