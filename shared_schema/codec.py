@@ -73,7 +73,7 @@ def decode(
     payload: bytes | bytearray | memoryview,
     expect: RoutingLayout | None = None,
     *,
-    max_nbytes: int = MAX_DECODED_BYTES,
+    max_bytes: int = MAX_DECODED_BYTES,
     check_ids: bool = True,
 ) -> RoutedExperts:
     """Read what :func:`encode` wrote.
@@ -83,7 +83,7 @@ def decode(
     Args:
         payload: the bytes, or a buffer such as a memory-mapped file.
         expect: the layout of the model at hand; a payload of another model is refused.
-        max_nbytes: the most bytes of ids to allocate. A small payload may stand for many
+        max_bytes: the most bytes of ids to allocate. A small payload may stand for many
             unrecorded rows.
         check_ids: whether to look for ids that are out of range or repeated, which takes as long
             as unpacking. Without it the caller must check the rows that it uses. The checksum
@@ -104,10 +104,10 @@ def decode(
     selector = fields.get("selector")
     is_view = "ids" in contents.tensors and selector == "all"
     nbytes = num_rows * layout.row_nbytes
-    if nbytes > max_nbytes and not is_view:
+    if nbytes > max_bytes and not is_view:
         raise RoutingSchemaError(
-            f"the payload stands for {nbytes} bytes of ids, expected at most {max_nbytes}: pass a "
-            "larger max_nbytes to decode if it is meant to be that long."
+            f"the payload stands for {nbytes} bytes of ids, expected at most {max_bytes}: pass a "
+            "larger max_bytes to decode if it is meant to be that long."
         )
     _check_presence(contents, "recorded", selector == "bitmap")
     _check_presence(contents, "status", num_carried < num_rows)

@@ -12,7 +12,8 @@ from shared_schema.statistics import even_bits_per_id
 INTRODUCTION = """\
 # Evidence: what routing looks like, and what replay changes
 
-`make evidence` wrote this page from one run on the machine below. With any other checkpoint folder:
+Figures of one run on the machine below, written by `make evidence`. For any other checkpoint
+folder, pages like this one come from
 
 ```sh
 python -m examples.evidence --model PATH --rollout-only   # any model whose routing vLLM returns

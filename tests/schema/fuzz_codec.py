@@ -23,7 +23,7 @@ from shared_schema import RoutedExperts, RoutingSchemaError, decode, encode
 from tests.schema.golden_cases import CASES, FOLDER
 from tests.schema.page_decoder import read_page
 
-MAX_NBYTES = 1 << 18
+MAX_BYTES = 1 << 18
 MOST_ALLOCATED = 1 << 21
 """Of one decode: its limit of ids, what parsing and checking need, the interpreter's own."""
 FORBIDDEN_EVENTS = (
@@ -125,7 +125,7 @@ def check(payload, original):
     before = tracemalloc.get_traced_memory()[0]
     WATCH.on = True
     try:
-        routed = decode(payload, max_nbytes=MAX_NBYTES)
+        routed = decode(payload, max_bytes=MAX_BYTES)
     except RoutingSchemaError as error:
         routed, message = None, str(error)
     finally:

@@ -140,7 +140,7 @@ def test_raw_ids_of_a_complete_sequence_are_a_view_of_the_payload(experts):
     layout = RoutingLayout(experts, 8, (0, 1), 2)
     routed = RoutedExperts(distinct_ids(np.random.default_rng(0), 9, layout), layout)
     payload = bytearray(encode(routed, packed=False))
-    assert np.shares_memory(decode(payload, max_nbytes=0).ids, np.frombuffer(payload, np.uint8))
+    assert np.shares_memory(decode(payload, max_bytes=0).ids, np.frombuffer(payload, np.uint8))
 
 
 def test_unrecorded_rows_cost_nothing_if_they_share_a_reason():
@@ -154,12 +154,12 @@ def test_unrecorded_rows_cost_nothing_if_they_share_a_reason():
 
 def test_a_payload_that_stands_for_too_much_is_refused_before_anything_is_allocated():
     grown = rewritten(lambda h, f: f.update(num_rows=10**12), golden("suffix"))
-    with pytest.raises(RoutingSchemaError, match=r"stands for 16000000000000 bytes .* max_nbytes"):
+    with pytest.raises(RoutingSchemaError, match=r"stands for 16000000000000 bytes .* max_bytes"):
         decode(grown)
     suffix = CASES["suffix"][0]
-    assert decode(golden("suffix"), max_nbytes=suffix.ids.nbytes) == suffix
-    with pytest.raises(RoutingSchemaError, match="expected at most 143: pass a larger max_nbytes"):
-        decode(golden("suffix"), max_nbytes=suffix.ids.nbytes - 1)
+    assert decode(golden("suffix"), max_bytes=suffix.ids.nbytes) == suffix
+    with pytest.raises(RoutingSchemaError, match="expected at most 143: pass a larger max_bytes"):
+        decode(golden("suffix"), max_bytes=suffix.ids.nbytes - 1)
 
 
 def put(**fields):
@@ -198,6 +198,8 @@ def entry(tensor="ids", **fields):
         (put(num_carried=7), "tensor status is present"),
         (put(spans=[[3, 9]]), "spans is"),
         (put(spans=7), "spans is 7"),
+        (put(spans=[[3, float("inf"), "rollout", None]]), r"spans is \[\[3, inf, "),
+        (put(spans=[[3, 10.5, "rollout", None]]), r"spans is \[\[3, 10\.5, "),
         (entry(dtype="F32"), r"tensor ids is \['F32'"),
         (entry(shape=[5, 2, 5]), "tensor ids is"),
         (entry(shape=None), "tensor ids is"),

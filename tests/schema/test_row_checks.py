@@ -51,3 +51,11 @@ def test_the_same_expert_in_neighbouring_layers_is_valid(experts):
     ids = np.resize(np.arange(8), (2000, 3, 8))
     assert not invalid_rows(ids, RoutingLayout(experts, 8, (0, 1, 2), 3)).any()
     assert invalid_rows(ids, RoutingLayout(8, 8, (0, 1, 2), 3)).sum() == 0
+
+
+def test_an_id_out_of_range_spoils_its_own_row_alone():
+    """72 and 200 differ in one bit, the one above the ids of 128 experts."""
+    ids = np.resize(np.arange(8), (4, 1, 8)).astype(np.uint8)
+    ids[1, 0, 7], ids[2, 0, 0] = 72, 200
+    invalid = invalid_rows(ids, RoutingLayout(128, 8, (0,), 1))
+    assert invalid.tolist() == [False, False, True, False]
