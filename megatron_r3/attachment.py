@@ -19,6 +19,7 @@ from megatron_r3.layout_plan import WHOLE, Shard
 from megatron_r3.policies import AuxLoss, BiasCounts, Padding, Policies
 from megatron_r3.refusals import REFUSALS, Refusal, refusals_of
 from megatron_r3.router import ReplayTopKRouter, make_replaying, restore_routers, unfuse
+from megatron_r3.static_targets import StaticTargets
 from shared_schema import RoutingLayout
 
 Chunks: TypeAlias = torch.nn.Module | Sequence[torch.nn.Module]
@@ -61,6 +62,7 @@ def attach(
     padding: Padding = "native",
     aux_loss: AuxLoss = "live",
     bias_counts: BiasCounts = "all",
+    graph_rows: int | None = None,
 ) -> Controller:
     """Make every router of the model replay, and return the controller that feeds them.
 
@@ -81,6 +83,9 @@ def attach(
             none (``"off"``, no such loss). Its probabilities are live in any case.
         bias_counts: which rows the expert bias counts in a replay, by the experts that they used:
             ``"all"`` (as Megatron does), ``"tokens"`` without padding, or ``"replayed"`` ones only.
+        graph_rows: rows of every micro-batch on a rank, where routers run inside CUDA graphs; then
+            they read targets at fixed addresses. Attach before the capture. Nothing is sampled,
+            recomputed or recorded in this way, and the policies above are Megatron's.
 
     Raises:
         UnsupportedRouterError: a router that cannot be replayed as it is configured.
@@ -90,6 +95,13 @@ def attach(
     """
     chunks = [model_chunks] if isinstance(model_chunks, torch.nn.Module) else list(model_chunks)
     policies = Policies(padding, aux_loss, bias_counts)
+    if graph_rows is not None:
+        accept = {*accept, "cuda_graph"}
+        if (aux_loss, bias_counts) != ("live", "all"):
+            raise UnsupportedRouterError(
+                f"aux_loss is {aux_loss!r} and bias_counts {bias_counts!r} with graph_rows, "
+                "expected 'live' and 'all': the others are no fixed series of kernels."
+            )
     unknown = set(accept) - {refusal.name for refusal in REFUSALS}
     if unknown:
         raise UnsupportedRouterError(
@@ -121,7 +133,11 @@ def attach(
             if any(refusal.name == "fused_router" for refusal in accepted):
                 unfuse(router)
         shard = _shard(named[0][1]) if named else WHOLE
-        model.append(ModelChunk(f"chunk {number}", chunk, handles, layers, shard, policies))
+        static = None
+        if graph_rows is not None:
+            device = next(chunk.parameters()).device
+            static = StaticTargets(len(handles), graph_rows, layout.top_k, device)
+        model.append(ModelChunk(f"chunk {number}", chunk, handles, layers, shard, policies, static))
     report = AttachReport(layout, tuple(replayed), tuple(native))
     groups = groups_of([router for _, router in chain(*routers)])
     return Controller(model, report, agreement_every, policies, groups)

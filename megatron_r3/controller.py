@@ -21,6 +21,7 @@ from megatron_r3.replay_handle import ReplayHandle
 from megatron_r3.router import restore_routers
 from megatron_r3.router_calls import ChunkCalls, Mode
 from megatron_r3.schedule import RecordedMicroBatch, Schedule
+from megatron_r3.static_targets import StaticTargets
 from shared_schema import RoutingLayout
 
 
@@ -35,13 +36,15 @@ class ModelChunk:
         layers: Sequence[int],
         shard: Shard,
         policies: Policies,
+        static: StaticTargets | None,
     ) -> None:
+        self.static = static
         self.layers = tuple(layers)
         self.shard = shard
         self.calls = ChunkCalls(name, [handle.layer_number for handle in handles])
         self._module = weakref.ref(unwrapped(module))
         for local, handle in enumerate(handles):
-            handle.bind(self.calls, local, policies)
+            handle.bind(self.calls, local, policies, static)
 
     @property
     def module(self) -> torch.nn.Module | None:
@@ -106,9 +109,17 @@ class Controller:
                 f"schedule({mode!r}) was opened inside another schedule, expected none or a "
                 "native one inside: close the other one first."
             )
+        static = [chunk.static for chunk in self._chunks if chunk.static is not None]
+        if mode == "record" and static:
+            raise ReplayStateError(
+                "schedule('record') was opened with attach(graph_rows=...), expected a replay: "
+                "attach without graph_rows to record, and run that pass outside of CUDA graphs."
+            )
         run = Schedule(mode, self.layout, self._groups)
         for c in calls:
             c.open(mode)
+        for targets in static:
+            targets.clear()
         try:
             yield run
             if mode != "native":
@@ -116,6 +127,8 @@ class Controller:
                     c.check_balance()
                 run.finish([(chunk.layers, chunk.calls.frames) for chunk in self._chunks])
         finally:
+            for targets in static:
+                targets.clear()
             for c in calls:
                 c.close()
 
@@ -177,6 +190,7 @@ class Controller:
             )
         number = len(calls.frames)
         sample = self.agreement_every > 0 and number % self.agreement_every == 0
+        sample = sample and target.static is None
         repeats = isinstance(routes, RecordedMicroBatch)
         if plan is None and not (repeats and packed_seq_params is None and host_lengths is None):
             plan = micro_batch_plan(
@@ -184,13 +198,14 @@ class Controller:
             )
         if isinstance(routes, RecordedMicroBatch):
             recorded = routes.frame(self._chunks.index(target), target.layers, plan)
-            calls.push(Frame.to_repeat(recorded, number, sample, self.policies))
-            return
-        assert plan is not None
-        device = next(chunk.parameters()).device
-        if routes is None:
+            frame = Frame.to_repeat(recorded, number, sample, self.policies)
+        elif routes is None:
+            assert plan is not None
+            device = next(chunk.parameters()).device
             frame = Frame.to_record(plan, self.layout, target.layers, number, device)
         else:
+            assert plan is not None
+            device = next(chunk.parameters()).device
             frame = Frame.to_replay(
                 routes,
                 samples,
@@ -204,6 +219,8 @@ class Controller:
                 self._groups,
             )
         calls.push(frame)
+        if target.static is not None:
+            target.static.load(frame)
 
     def shard(self, chunk: torch.nn.Module) -> Shard:
         """The part of the token axis that the routers of ``chunk`` see on this rank."""

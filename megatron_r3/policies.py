@@ -91,7 +91,8 @@ class PolicyRouter(TopKRouter):
     def routing(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Route, and keep replayed experts from vanishing in the dispatcher."""
         probs, routing_map = super().routing(logits, *args, **kwargs)
-        if self._replays() and _selects_again(self.config):
+        follows = self._replays() or self.router_replay.static is not None
+        if follows and _selects_again(self.config):
             # A replayed expert whose probability underflows to 0 would lose its place.
             floor = torch.finfo(probs.dtype).tiny
             probs = probs.masked_fill(routing_map & (probs == 0), floor)

@@ -102,7 +102,7 @@ REFUSALS = (
         "cuda_graph",
         _captures_router,
         "may run inside a captured CUDA graph, where targets would be frozen",
-        "go on, if your graphs leave the router out",
+        "go on, if your graphs leave the router out; graph_rows= replays inside",
     ),
     Refusal(
         "expert_parallel_overlap",

@@ -15,6 +15,7 @@ from megatron_r3.policies import Policies
 if TYPE_CHECKING:
     from megatron_r3.frames import Frame
     from megatron_r3.router_calls import ChunkCalls
+    from megatron_r3.static_targets import StaticTargets
 
 
 class ReplayHandle(RouterReplay):
@@ -44,6 +45,7 @@ class ReplayHandle(RouterReplay):
         self.router: Any = None
         """Weak reference to the router."""
         self.policies = Policies()
+        self.static: StaticTargets | None = None
         self.target_replay_mask: torch.Tensor | None = None
         self.replay_backward_mask_list: list[torch.Tensor | None] = []
         self.static_buffer: torch.Tensor | None = None
@@ -53,13 +55,15 @@ class ReplayHandle(RouterReplay):
         """Forwards that used one of these."""
         self.begin_call()
 
-    def bind(self, calls: ChunkCalls, layer: int, policies: Policies) -> None:
-        """Answer from the frames of ``calls``, as its local router ``layer``."""
-        self.calls, self.layer, self.policies = calls, layer, policies
+    def bind(
+        self, calls: ChunkCalls, layer: int, policies: Policies, static: StaticTargets | None
+    ) -> None:
+        """Answer from the frames of ``calls`` or from ``static``, as local router ``layer``."""
+        self.calls, self.layer, self.policies, self.static = calls, layer, policies, static
 
     def unbind(self) -> None:
         """Route natively again."""
-        self.calls, self.policies = None, Policies()
+        self.calls, self.policies, self.static = None, Policies(), None
 
     def begin_call(self) -> None:
         """Forget the last call of the router."""
@@ -143,10 +147,15 @@ class ReplayHandle(RouterReplay):
                 return super().get_replay_topk(
                     scores, topk, num_groups, group_topk, default_compute_topk
                 )
-        frame, recompute = (None, False) if self.calls is None else self.calls.resolve(self.layer)
-        if frame is not None:
-            indices = self._choose(frame, recompute, scores, native, bool(group_topk))
-            self.frame, self.indices = frame, indices
+        indices = None
+        if self.static is not None:
+            indices = self.static.choose(self.layer, scores, native)
+        elif self.calls is not None:
+            self.frame, recompute = self.calls.resolve(self.layer)
+            if self.frame is not None:
+                indices = self._choose(self.frame, recompute, scores, native, bool(group_topk))
+        self.indices = indices
+        if indices is not None:
 
             def default_compute_topk(*_: Any, **__: Any) -> Any:
                 return scores.gather(1, indices), indices
