@@ -75,7 +75,7 @@ def attach(
             Face model, otherwise read from the config.
         accept: names of refusals to go on with, each explained in the error that names it.
         agreement_every: compare replayed with native routing in every so many micro-batches, since
-            replay hides router bugs; it costs a second top-k there. 0 switches it off.
+            replay hides router bugs; it costs a top-k of up to 128 rows there. 0 switches it off.
         padding: how padding rows route in a replay: ``"native"``, or ``"spread"`` evenly over all
             experts, which costs no top-k.
         aux_loss: which experts the auxiliary load-balancing loss counts in a replay: those that

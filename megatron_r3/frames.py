@@ -9,7 +9,7 @@ from enum import IntEnum
 
 import numpy as np
 import torch
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Int64, UInt8
 
 from megatron_r3.groups import Groups
 from megatron_r3.host_buffer import HostBuffer, torch_dtype
@@ -18,7 +18,9 @@ from megatron_r3.local_routes import Routes, read_local_routes
 from megatron_r3.policies import Policies, spread_experts
 from shared_schema import RoutingLayout
 
-_MARK_BYTES = 2 * 8 + 1  # of each row: two indices and a flag at most
+_MARK_BYTES = 3 * 8  # of each row: three indices at most
+SAMPLED_ROWS = 128
+"""Rows of a sampled micro-batch that are compared with the router's own choice, at most."""
 
 
 class RowKind(IntEnum):
@@ -71,10 +73,11 @@ class Frame:
             that a recompute repeats it.
         plan: what each row is.
         micro_batch: its number in the schedule, for messages.
-        agreement: ``[L_local, 3]`` float32 sums over replayed rows, see
-            :func:`~megatron_r3.metrics.sample_agreement`; ``None`` where this micro-batch is not
-            sampled.
-        replayed: ``[T]`` bool on the device, True for replayed rows; only where sampled.
+        asked_rows: ``[N + M]`` int64 on the device, the rows for which the router's own choice is
+            computed: the native ones, then M replayed ones that are compared with it.
+        num_sampled: M.
+        agreement: ``[L_local, 3]`` float32 sums over the sampled rows, see
+            :func:`~megatron_r3.metrics.sample_agreement`; ``None`` where there are none.
         forwards: how often each local router used it in a forward.
         recomputes: how often each local router used it in a recompute.
         uses_left: router calls that may still come.
@@ -89,7 +92,8 @@ class Frame:
     micro_batch: int
     uncounted_rows: torch.Tensor | None = None
     agreement: torch.Tensor | None = None
-    replayed: torch.Tensor | None = None
+    asked_rows: torch.Tensor | None = None
+    num_sampled: int = 0
     native_choice: list[torch.Tensor | None] = field(init=False)
     forwards: list[int] = field(init=False)
     recomputes: list[int] = field(init=False)
@@ -214,8 +218,10 @@ class Frame:
             marks["uncounted_rows"] = np.flatnonzero(kinds == RowKind.PADDING)
         elif policies.bias_counts == "replayed":
             marks["uncounted_rows"] = np.flatnonzero(kinds != RowKind.REPLAYED)
+        sampled = np.zeros(0, np.int64)
         if sample_agreement:
-            marks["replayed"] = kinds == RowKind.REPLAYED
+            sampled = _sample(np.flatnonzero(kinds == RowKind.REPLAYED), SAMPLED_ROWS, micro_batch)
+        marks["asked_rows"] = np.concatenate([marks["native_rows"], sampled])
         for mark in marks.values():
             buffer.append(mark)
         parts = buffer.to_device()
@@ -228,7 +234,8 @@ class Frame:
             micro_batch=micro_batch,
             **dict(zip(marks, parts, strict=True)),
         )
-        if sample_agreement:
+        if len(sampled):
+            frame.num_sampled = len(sampled)
             frame.agreement = torch.zeros(len(ids), 3, device=ids.device)
         return frame
 
@@ -250,4 +257,12 @@ class Frame:
     def release(self) -> None:
         """Give the device memory back; counters and what is on the host stay."""
         if not self.is_released:
-            del self.ids, self.native_rows, self.native_choice, self.uncounted_rows, self.replayed
+            del self.ids, self.native_rows, self.native_choice, self.uncounted_rows, self.asked_rows
+
+
+def _sample(rows: Int64[np.ndarray, " n"], most: int, micro_batch: int) -> Int64[np.ndarray, " m"]:
+    """At most ``most`` of ``rows``, drawn anew in each micro-batch, the same in every run."""
+    if len(rows) <= most:
+        return rows
+    # Drawn, since every n-th row of a padded batch may be a row of the same sample.
+    return np.sort(np.random.default_rng(micro_batch).choice(rows, most, replace=False))

@@ -26,7 +26,8 @@ class LayerMetrics:
         unrecorded: rows of tokens without a route.
         padding: rows that are no token.
         recorded: rows whose native choice was recorded.
-        sampled: replayed rows that were compared with the router's own choice.
+        sampled: replayed rows that were compared with the router's own choice, up to 128 of each
+            micro-batch that ``agreement_every`` names.
         agreement: share of the sampled rows' k slots that the router would have chosen itself.
         probability_mass: mean probability, out of 1 over all experts, that the router gives to a
             sampled row's route.
@@ -62,36 +63,29 @@ class ReplayMetrics:
 
 
 def sample_agreement(
-    frame: Frame,
-    layer: int,
+    agreement: torch.Tensor,
     router: Any,
     scores: torch.Tensor,
     values: torch.Tensor,
     own: torch.Tensor,
-    indices: torch.Tensor,
+    route: torch.Tensor,
 ) -> None:
-    """Add up over the replayed rows of ``frame`` how the router would have chosen.
-
-    Slots that it would have chosen too, probability of the route, and routes that have its first
-    choice. Nothing leaves the device.
+    """Add up over M replayed rows how the router would have chosen; nothing leaves the device.
 
     Args:
-        frame: whose ``agreement[layer]`` is written.
-        layer: local router.
+        agreement: ``[3]`` float32, written: slots that it would have chosen too, probability of the
+            routes, and routes that have its first choice.
         router: the router, for its score function.
-        scores: ``[T, E]`` what it selects on.
-        values: ``[T, k]`` scores of its own choice.
-        own: ``[T, k]`` its own choice.
-        indices: ``[T, k]`` the choice that is used.
+        scores: ``[M, E]`` what it selects on.
+        values: ``[M, k]`` scores of its own choice.
+        own: ``[M, k]`` its own choice.
+        route: ``[M, k]`` the choice that is used.
 
     """
-    assert frame.agreement is not None
-    assert frame.replayed is not None
-    route = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, indices, True)
-    same = route.gather(1, own) & frame.replayed[:, None]
+    same = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, route, True).gather(1, own)
     first = same.gather(1, values.argmax(1, keepdim=True))
-    mass = _probabilities(router, scores).gather(1, indices).mul_(frame.replayed[:, None])
-    frame.agreement[layer] = torch.stack([same.sum(), mass.sum(), first.sum()])
+    mass = _probabilities(router, scores).gather(1, route)
+    torch.stack([same.sum(), mass.sum(), first.sum()], out=agreement)
 
 
 def _probabilities(router: Any, scores: torch.Tensor) -> torch.Tensor:
@@ -126,7 +120,7 @@ def reduced_metrics(
             kinds = [counts.replayed, counts.unrecorded, counts.padding, counts.recorded]
             rows[:, :4] += torch.tensor(kinds)
             if frame.agreement is not None:
-                rows[:, 4] += counts.replayed
+                rows[:, 4] += frame.num_sampled
                 rows[:, 5:] += frame.agreement.cpu()
         sums[list(layers)] += rows
     sums = all_reduced(all_reduced(sums / groups.row_copies, groups.rows), groups.pipeline)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from megatron.core.transformer.moe.moe_utils import group_limited_topk
 from megatron.core.transformer.moe.router_replay import RouterReplay
 
 from megatron_r3 import hand_actions
@@ -140,30 +141,33 @@ class ReplayHandle(RouterReplay):
         self.asked = True
 
         def native(scores: torch.Tensor) -> Any:
-            return default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+            if group_topk:
+                # The choice handed in is bound to the number of rows of the router's call.
+                return group_limited_topk(scores, topk, *scores.shape, num_groups, group_topk)
+            return default_compute_topk(scores, topk)
 
         if self.router_replay_action is not None:
             with hand_actions.resolved(self, scores, topk, native):
                 return super().get_replay_topk(
                     scores, topk, num_groups, group_topk, default_compute_topk
                 )
-        indices = None
+        indices, choice = None, default_compute_topk
         if self.static is not None:
             indices = self.static.choose(self.layer, scores, native)
         elif self.calls is not None:
             self.frame, recompute = self.calls.resolve(self.layer)
             if self.frame is not None:
-                indices = self._choose(self.frame, recompute, scores, native, bool(group_topk))
+                indices = self._choose(self.frame, recompute, scores, native)
         self.indices = indices
         if indices is not None:
 
-            def default_compute_topk(*_: Any, **__: Any) -> Any:
+            def choice(*_: Any, **__: Any) -> Any:
                 return scores.gather(1, indices), indices
 
-        return super().get_replay_topk(scores, topk, num_groups, group_topk, default_compute_topk)
+        return super().get_replay_topk(scores, topk, num_groups, group_topk, choice)
 
     def _choose(
-        self, frame: Frame, recompute: bool, scores: torch.Tensor, native: Any, grouped: bool
+        self, frame: Frame, recompute: bool, scores: torch.Tensor, native: Any
     ) -> torch.Tensor:
         if scores.shape[0] != frame.num_rows:
             raise RowCountError(
@@ -172,31 +176,37 @@ class ReplayHandle(RouterReplay):
                 "seq_length of the padded batch, or a plan."
             )
         # Detached, since the native choice must not save tensors that a recompute does not save.
-        ids, rows, scores = frame.ids[self.layer], frame.native_rows, scores.detach()
+        ids, scores = frame.ids[self.layer], scores.detach()
+        native_rows, asked = frame.native_rows, frame.asked_rows
         own: torch.Tensor
-        if rows is None:
-            if recompute:
-                return ids.long()
+        if native_rows is None and not recompute:
             own = native(scores)[1]
             ids.copy_(own)
             return own
         indices = ids.long()
-        chosen: torch.Tensor | None = None
         if recompute:
             chosen = frame.native_choice[self.layer]
-        elif frame.agreement is not None:
-            values, own = native(scores)
-            chosen = own.index_select(0, rows)
-        elif grouped:
-            # The group-limited choice is bound to the number of rows of the router's call.
-            chosen = native(scores)[1].index_select(0, rows) if len(rows) else None
-        elif len(rows):
-            chosen = native(scores.index_select(0, rows))[1]
-        if chosen is not None:
+            return indices if chosen is None else indices.index_copy_(0, native_rows, chosen)
+        assert native_rows is not None
+        assert asked is not None
+        if not len(asked):
+            return indices
+        asked_scores = scores.index_select(0, asked)
+        values, own = native(asked_scores)
+        count = len(native_rows)
+        if count:
+            chosen = own if frame.agreement is None else own[:count]
             frame.native_choice[self.layer] = chosen
-            indices.index_copy_(0, rows, chosen)
-        if not recompute and frame.agreement is not None:
-            sample_agreement(frame, self.layer, self.router(), scores, values, own, indices)
+            indices.index_copy_(0, native_rows, chosen)
+        if frame.agreement is not None:
+            sample_agreement(
+                frame.agreement[self.layer],
+                self.router(),
+                asked_scores[count:],
+                values[count:],
+                own[count:],
+                indices.index_select(0, asked[count:]),
+            )
         return indices
 
     def __reduce__(self) -> tuple[Any, ...]:
