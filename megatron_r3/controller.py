@@ -218,9 +218,9 @@ class Controller:
                 self.policies,
                 self._groups,
             )
-        calls.push(frame)
         if target.static is not None:
             target.static.load(frame)
+        calls.push(frame)
 
     def shard(self, chunk: torch.nn.Module) -> Shard:
         """The part of the token axis that the routers of ``chunk`` see on this rank."""
