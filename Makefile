@@ -35,6 +35,8 @@ bench: $(READY) ## Run the benchmarks; each ends with a line of JSON
 	$(PY) -m benchmarks.layout
 	$(PY) -m benchmarks.store_step
 	$(PY) -m benchmarks.capture_throughput
+	$(PY) -m benchmarks.replay_router
+	$(PY) -m benchmarks.train_step
 
 evidence: $(READY) ## Measure routing and replay on real traces, write docs/evidence.md
 	@$(PY) -m examples.evidence --out build/evidence

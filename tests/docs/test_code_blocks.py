@@ -1,6 +1,7 @@
 """What the documentation shows runs."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,13 @@ def test_a_failure_names_the_line_of_the_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# Title\n\n```python\nx = 1\nraise ValueError(x)\n```\n")
     assert 'page.md", line 5' in run_blocks(page).stderr
+
+
+def test_every_refusal_of_attach_is_explained() -> None:
+    """In the table of the page about Megatron."""
+    refusals = re.findall(
+        r'    Refusal\(\n        "(\w+)"', (ROOT / "megatron_r3" / "refusals.py").read_text()
+    )
+    assert refusals
+    page = (ROOT / "docs" / "megatron.md").read_text()
+    assert [name for name in refusals if f"| `{name}` |" not in page] == []
