@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_r3 import LayoutPlan, ReplayStateError
+from megatron_r3.controller import unwrapped
 from megatron_r3.router_calls import ChunkCalls
 from shared_schema import RoutedExpertsBatch, RoutingLayout
 from tests.megatron.foreign_routes import RouterWitness, foreign_routes
@@ -83,17 +84,21 @@ class RankReport:
 class Rank:
     """A model on this rank, attached, and its share of the data."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(
+        self, layout: Layout, first_sample: int = 0, distributed_optimizer: bool = False
+    ) -> None:
         from megatron.core import parallel_state
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
             finalize_model_grads,
         )
+        from megatron.core.transformer.module import Float16Module
 
         import megatron_r3
 
         self.layout = layout
+        self.first_sample = first_sample
         self.config = tiny_config(**(layout.model.config | dict(layout.config)))
         self.config.finalize_model_grads_func = finalize_model_grads
         if layout.model.hybrid:
@@ -102,13 +107,18 @@ class Rank:
             self.chunks = tiny_chunks(self.config)
         for chunk in self.chunks:
             fill_by_name(chunk)
-        ddp = DistributedDataParallelConfig(use_distributed_optimizer=False)
-        self.wrapped = [DistributedDataParallel(self.config, ddp, chunk) for chunk in self.chunks]
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer)
+        self.wrapped = [
+            DistributedDataParallel(
+                self.config, ddp, Float16Module(self.config, c) if self.config.bf16 else c
+            )
+            for c in self.chunks
+        ]
         routing = None
         if layout.model.hybrid:
             layers = range(len(layout.model.moe_layer_numbers))
             routing = RoutingLayout(16, 4, tuple(layers), len(layers))
-        self.controller = megatron_r3.attach(self.wrapped, layout=routing)
+        self.controller = megatron_r3.attach(self.wrapped, layout=routing, accept=layout.accept)
         dp = parallel_state.get_data_parallel_world_size()
         self.micro_batches = list(
             range(parallel_state.get_data_parallel_rank(), len(layout.micro_batches), dp)
@@ -116,7 +126,8 @@ class Rank:
 
     def foreign_routes(self, micro_batch: int) -> RoutedExpertsBatch:
         lengths, _ = self.layout.micro_batches[micro_batch]
-        return foreign_routes(self.controller.layout, lengths, 10 * micro_batch)
+        first = self.first_sample + 10 * micro_batch
+        return foreign_routes(self.controller.layout, lengths, first)
 
     def samples_of(self, gathered: RoutedExpertsBatch, micro_batch: int) -> RoutedExpertsBatch:
         """Routes of a micro-batch out of those of all that this data rank fed."""
@@ -138,20 +149,23 @@ class Rank:
         ]
         fed = [0] * len(self.chunks)
 
-        def forward_step(_: Any, chunk: Any) -> Any:
-            number = next(n for n, c in enumerate(self.wrapped) if c is chunk)
+        def forward_step(_: Any, chunk: Any, return_schedule_plan: bool = False) -> Any:
+            number = next(n for n, c in enumerate(self.chunks) if c is unwrapped(chunk))
             nth, fed[number] = fed[number], fed[number] + 1
             step.witnesses[number].micro_batch = nth
             micro_batch = self.micro_batches[nth]
             self.feed(chunk, micro_batch, routes and routes(micro_batch))
             with self._logits(self.chunks[number], micro_batch, step):
-                return self._forward(chunk, micro_batch)
+                plan = self.chunks[number].build_schedule_plan
+                return self._forward(plan if return_schedule_plan else chunk, micro_batch)
 
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
             chunk.train(not forward_only)
         virtual = len(self.chunks) > 1
-        with torch.set_grad_enabled(not forward_only):
+        with contextlib.ExitStack() as left, torch.set_grad_enabled(not forward_only):
+            for witness in step.witnesses:
+                left.callback(witness.leave)
             get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=[None] * len(self.chunks) if virtual else None,
@@ -161,15 +175,13 @@ class Rank:
                 micro_batch_size=len(self.layout.micro_batches[0][0]),
                 forward_only=forward_only,
             )
-        for witness in step.witnesses:
-            witness.leave()
         frames = [frame for chunk in self.controller._chunks for frame in chunk.calls.frames]
         step.held = sum(not frame.is_released for frame in frames)
         if not forward_only:
             step.gradients = gradients_by_name(self.chunks)
         return step
 
-    def _forward(self, chunk: Any, micro_batch: int) -> Any:
+    def _forward(self, model: Any, micro_batch: int) -> Any:
         (_, width), batch = self.layout.micro_batches[micro_batch], 2
         generator = torch.Generator().manual_seed(micro_batch)
         tokens = torch.randint(0, VOCAB, (batch, width), generator=generator)
@@ -177,7 +189,7 @@ class Rank:
         causal = torch.triu(torch.ones(width, width, dtype=torch.bool), 1)[None, None]
         mask = causal if self.config.context_parallel_size == 1 else None
         local = [context_parallel_share(x) for x in (tokens, positions, tokens.roll(-1, 1))]
-        losses = chunk(local[0], local[1], mask, labels=local[2])
+        losses = model(local[0], local[1], mask, labels=local[2])
         # Megatron multiplies by the context-parallel size and averages over data ranks.
         return losses, lambda output: (output.float().sum() / tokens.numel(), {})
 

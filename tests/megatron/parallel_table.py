@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 TP, PP, CP, EP, ETP = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -27,6 +29,9 @@ BLOCK = {
 # Two stages that exchange both ways need groups of their own for it, as Megatron's trainer says.
 INTERLEAVED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
+OVERLAP = {"overlap_moe_expert_parallel_comm": True}
+OVERLAP_ACCEPTED = frozenset({"expert_parallel_overlap"})
 ALLTOALL = {"moe_token_dispatcher_type": "alltoall"}
 
 MicroBatches = tuple[tuple[tuple[int, ...], int], ...]
@@ -73,6 +78,7 @@ class Layout:
     model: Model = Model()
     micro_batches: MicroBatches = EQUAL
     world_size: int = 2
+    accept: frozenset[str] = frozenset()
     expert_gradients: bool = True
     """Whether Megatron reduces them right: with ETP other than TP but no EP it averages the shards
     of different ranks, in both releases."""
@@ -132,4 +138,14 @@ LAYOUTS: dict[str, Layout] = {
     # attention and MoE as layers of their own
     "tp2_sp hybrid": Layout({TP: 2}, {}, model=HYBRID),
     "pp2 hybrid": Layout({PP: 2}, {}, model=Model(hybrid="*E*|E*E")),
+    # bf16 in Megatron's Float16Module
+    "pp2_vpp2 bf16": Layout({PP: 2, VPP: 2}, FULL | INTERLEAVED | BF16),
+    # the forward of one micro-batch overlaps the backward of another
+    "ep2 overlap": Layout({EP: 2}, ALLTOALL | BF16 | OVERLAP, accept=OVERLAP_ACCEPTED),
+    "pp2_vpp2_ep2 overlap": Layout(
+        {PP: 2, VPP: 2, EP: 2},
+        ALLTOALL | BF16 | OVERLAP | INTERLEAVED,
+        world_size=4,
+        accept=OVERLAP_ACCEPTED,
+    ),
 }
