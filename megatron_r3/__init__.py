@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_r3 import compat as compat
     from megatron_r3.attach_report import AttachedRouter as AttachedRouter
     from megatron_r3.attach_report import AttachReport as AttachReport
     from megatron_r3.attachment import attach as attach
@@ -83,6 +84,7 @@ __all__ = [
     "UnsupportedRouterError",
     "aligned_lengths",
     "attach",
+    "compat",
     "detach",
     "install",
     "token_identities",
@@ -91,6 +93,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "compat":
+        return import_module(f"{__name__}.compat")
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{home}"), name)

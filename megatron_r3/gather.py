@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, UInt
+from jaxtyping import Bool, Int64, UInt
 
 from megatron_r3.errors import ReplayStateError
 from megatron_r3.frames import Frame
@@ -43,6 +43,7 @@ def gather_recorded(chunks: Chunks, layout: RoutingLayout, groups: Groups) -> Ro
             f"the chunks of this rank recorded {sorted(counts)} micro-batches, expected as many "
             "in each: call feed() for every chunk."
         )
+    _check_same_samples([frame.plan.lengths for frame in chunks[0][1]], groups)
     layers = [layer for held, _ in chunks for layer in held]
     parts = []
     missing: list[str] = []
@@ -71,6 +72,18 @@ def gather_recorded(chunks: Chunks, layout: RoutingLayout, groups: Groups) -> Ro
         layout,
         spans=tuple((Span(0, int(n), Source.TRAINER),) if n else () for n in rows),
     )
+
+
+def _check_same_samples(lengths: Sequence[Int64[np.ndarray, " B"]], groups: Groups) -> None:
+    own = np.concatenate([np.append(batch, -1) for batch in lengths])
+    theirs = all_gathered(torch.from_numpy(own), groups.tokens)
+    for rank, other in enumerate(theirs):
+        if not np.array_equal(other.view(np.int64), theirs[0].view(np.int64)):
+            raise ReplayStateError(
+                f"rank {rank} of the tensor and context parallel ones recorded samples of other "
+                "lengths than rank 0, expected the same micro-batches on all (dynamic context "
+                "parallelism has others): repeat them with feed(chunk, recording[n])."
+            )
 
 
 def _whole_tokens(

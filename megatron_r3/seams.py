@@ -110,6 +110,62 @@ REPLAY_SEAMS = (
         until="never: it is what routing replay hangs on",
         parameters=("scores", "topk", "num_groups", "group_topk", "default_compute_topk"),
     ),
+    *(
+        Seam(
+            symbol=f"megatron.core.transformer.moe.router:TopKRouter.{name}",
+            what="overridden for the policy of auxiliary losses: other counts, or no such loss",
+            why="Megatron counts what the router would choose, also where other experts are used",
+            versions=BOTH,
+            until="megatron-core lets the caller say which experts auxiliary losses count",
+            parameters=parameters,
+        )
+        for name, parameters in (
+            ("is_aux_loss_enabled", ()),
+            ("_apply_aux_loss", ("probs", "scores_for_aux_loss", "routing_map")),
+            ("_apply_seq_aux_loss", ("probs", "scores_for_aux_loss", "routing_map")),
+            ("_apply_global_aux_loss", ("probs", "scores_for_aux_loss", "routing_map")),
+        )
+    ),
+    Seam(
+        symbol="megatron.core.transformer.moe.router:TopKRouter._apply_expert_bias",
+        what="overridden for the policy of the expert bias: rows are taken out of the map",
+        why="padding counts too, and a padding mask fails (megatron-core #6111)",
+        versions=BOTH,
+        until="megatron-core takes the rows to be counted, and a padding mask works",
+        parameters=("routing_map", "padding_mask"),
+    ),
+    Seam(
+        symbol="megatron.core.transformer.moe.moe_utils:group_limited_topk",
+        what="called for the rows that route natively",
+        why="the choice handed to get_replay_topk is bound to the rows of the whole call",
+        versions=BOTH,
+        until="default_compute_topk takes scores of any number of rows",
+        parameters=("scores", "topk", "num_tokens", "num_experts", "num_groups", "group_topk"),
+    ),
+    Seam(
+        symbol="megatron.core.transformer.moe.token_dispatcher:_DeepepManager.setup_metadata",
+        what="known to select again on the probabilities, so that none may be 0",
+        why="a replayed expert whose probability underflows would lose its place",
+        versions=BOTH,
+        until="the manager reads the routing map",
+        parameters=("routing_map", "probs"),
+    ),
+    Seam(
+        symbol="megatron.core.transformer.moe.router_replay:RouterReplay.set_target_indices",
+        what="overridden: called, then a mask of rows is queued beside the target",
+        why="frameworks pass replay_mask, and the recompute has to repeat native rows",
+        versions=BOTH,
+        until="megatron-core takes a mask of rows",
+        parameters=("topk_indices",),
+    ),
+    Seam(
+        symbol="megatron.core.transformer.moe.router_replay:RouterReplay.record_indices",
+        what="overridden: records into a static buffer where one is set",
+        why="0.16.1 has no static buffers, which frameworks of later releases set",
+        versions=BOTH,
+        until="0.16.1 is no longer supported",
+        parameters=("topk_indices",),
+    ),
     Seam(
         symbol=(
             "megatron.core.transformer.moe.router_replay:"
