@@ -8,7 +8,7 @@ import sysconfig
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,8 +20,12 @@ LOG_LINES_SHOWN = 15
 
 
 @contextmanager
-def serve(model: Path, log: Path, environment: Mapping[str, str]) -> Iterator[str]:
+def serve(
+    model: Path, log: Path, environment: Mapping[str, str], options: Sequence[str] = ()
+) -> Iterator[str]:
     """Serve `model` in bf16 with routed experts on a free port; yield its OpenAI base URL.
+
+    `options` are further ones of `vllm serve`, such as `--tensor-parallel-size 8`.
 
     The plugin is not named anywhere here: vLLM finds it through the entry point of the installed
     package. The server's output goes to `log`, and its whole process group ends with the block.
@@ -37,6 +41,7 @@ def serve(model: Path, log: Path, environment: Mapping[str, str]) -> Iterator[st
         *("--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"),
         "--enable-return-routed-experts",
         "--enforce-eager",  # compiling takes longer than these few tokens, and needs g++
+        *options,
     ]
     with log.open("wb") as output:
         server = subprocess.Popen(

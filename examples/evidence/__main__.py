@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -48,8 +49,17 @@ def _options() -> argparse.Namespace:
         help="measure the rollout's routing alone; scoring in float32 and Megatron needs a "
         "Qwen3-MoE that fits into this machine's memory in float32",
     )
-    parser.add_argument("--prompts", type=int, default=64, help="sequences to sample")
-    parser.add_argument("--max-tokens", type=int, default=160, help="tokens to sample for each")
+    parser.add_argument(
+        "--serve-options",
+        type=shlex.split,
+        default="",
+        metavar='"--tensor-parallel-size 8"',
+        help="further options of vllm serve, in quotes",
+    )
+    parser.add_argument("--prompts", type=_positive, default=64, help="sequences to sample")
+    parser.add_argument(
+        "--max-tokens", type=_positive, default=160, help="tokens to sample for each"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("build/evidence"), help="folder of evidence.md and traces"
     )
@@ -57,6 +67,12 @@ def _options() -> argparse.Namespace:
         "--cache", type=Path, default=Path("build/demo/model"), help="where the small model is kept"
     )
     return parser.parse_args()
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 2 or more")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ folder, pages like this one come from
 python -m examples.evidence --model PATH --rollout-only   # any model whose routing vLLM returns
 python -m examples.evidence --model PATH                  # a Qwen3-MoE: float32 and Megatron too
 ```
+
+`--serve-options "--tensor-parallel-size 8"` goes to `vllm serve`.
 """
 SMALL_MODEL = """\
 The small model has {layers} MoE layers of {experts} experts, {top_k} chosen, and {hidden} decoder \

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace, server_environment: Mapping[str, str]) -> N
     torch.set_num_threads(1)
     model, prompts = _model_and_prompts(options)
     layout = RoutingLayout.from_hf_config(read_hf_config(model))
-    samples = _rollout(model, prompts, options.max_tokens, layout, traces, server_environment)
+    samples = _rollout(model, prompts, layout, traces, options, server_environment)
     with console.status("entropy, locality, sizes"):
         routing = measure_routing([sample.routed for sample in samples])
         draw_load(out / "evidence_load.png", routing.statistics)
@@ -81,23 +81,31 @@ def _model_and_prompts(options: argparse.Namespace) -> tuple[Path, list[list[int
     if options.model is None:
         options.cache.mkdir(parents=True, exist_ok=True)
         return small_model(options.cache, TRAIN_STEPS), held_out_prompts(options.prompts)
+    if not (options.model / "config.json").is_file():
+        raise DemoError(
+            f"{options.model} has no config.json, expected a checkpoint folder: download it first, "
+            "for example with `hf download NAME --local-dir FOLDER`."
+        )
     return options.model, library_prompts(options.model, options.prompts)
 
 
 def _rollout(
     model: Path,
     prompts: list[list[int]],
-    max_tokens: int,
     layout: RoutingLayout,
     traces: Path,
+    options: argparse.Namespace,
     environment: Mapping[str, str],
 ) -> list[Sample]:
+    log = traces / "server.log"
     with ExitStack() as running:
         with console.status("vllm serve --enable-return-routed-experts"):
-            url = running.enter_context(serve(model, traces / "server.log", environment))
+            url = running.enter_context(serve(model, log, environment, options.serve_options))
         with progress_bar() as progress:
             task = progress.add_task("sampling", total=len(prompts))
-            samples = roll_out(url, prompts, max_tokens, layout, lambda: progress.advance(task))
+            samples = roll_out(
+                url, prompts, options.max_tokens, layout, lambda: progress.advance(task)
+            )
     if not any(sample.routed.recorded.any() for sample in samples):
         raise DemoError("vLLM returned no routed experts; is the package installed beside it?")
     save(samples, traces)
