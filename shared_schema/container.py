@@ -76,7 +76,13 @@ def read(payload: bytes | bytearray | memoryview) -> Contents:
         RoutingSchemaError: whatever is wrong with it.
 
     """
-    view = memoryview(payload).cast("B")
+    try:
+        view = memoryview(payload).cast("B")
+    except TypeError:
+        raise RoutingSchemaError(
+            f"the payload is a {type(payload).__name__}, expected bytes or a contiguous buffer of "
+            "them: text that came in JSON is base64, decode that first."
+        ) from None
     header, data = _split(view)
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not isinstance(metadata.get("moe_r3"), str):

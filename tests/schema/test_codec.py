@@ -258,6 +258,8 @@ def test_packed_ids_where_nothing_is_packed_are_refused():
 @pytest.mark.parametrize(
     ("payload", "message"),
     [
+        ("eyJ", "payload is a str, expected bytes .* base64"),
+        (np.zeros((4, 4))[:, 1], "expected bytes or a contiguous buffer"),
         (b"", "0 bytes"),
         (encode(ROUTED)[:50], "cut off"),
         (encode(ROUTED)[: len(encode(ROUTED)) // 2], "cut off"),
