@@ -119,7 +119,7 @@ def decode(
         ids = np.full((num_rows, *carried.shape[1:]), layout.fill_id, layout.dtype)
         ids[recorded] = carried
         status[~recorded] = _reasons(contents, num_rows - num_carried)
-    spans = _spans(fields)
+    spans = _spans(fields, num_rows)
     if check_ids:
         return RoutedExperts(ids, layout, start, status, spans)
     spans = checked_spans(spans, start, start + num_rows)
@@ -153,19 +153,23 @@ def _layout(fields: dict[str, Any]) -> RoutingLayout:
     return RoutingLayout(moe_layers=tuple(layers), **sizes)
 
 
-def _spans(fields: dict[str, Any]) -> tuple[Any, ...]:
+def _spans(fields: dict[str, Any], num_rows: int) -> tuple[Any, ...]:
     spans = fields.get("spans")
-    if not isinstance(spans, list) or not all(
-        isinstance(span, list)
-        and len(span) == 4
-        and type(span[0]) is type(span[1]) is int
-        and isinstance(span[2], str)
-        and isinstance(span[3], str | None)
-        for span in spans
+    if (
+        not isinstance(spans, list)
+        or bool(spans) != bool(num_rows)
+        or not all(
+            isinstance(span, list)
+            and len(span) == 4
+            and type(span[0]) is type(span[1]) is int
+            and isinstance(span[2], str)
+            and isinstance(span[3], str | None)
+            for span in spans
+        )
     ):
         raise RoutingSchemaError(
             f"spans is {reprlib.repr(spans)}, expected a list of [start, stop, source, "
-            f"weight_version]: {FOREIGN}."
+            f"weight_version] for {num_rows} rows: {FOREIGN}."
         )
     return tuple(spans)
 

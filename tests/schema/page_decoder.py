@@ -41,6 +41,9 @@ def read_page(payload):
     assert sum(carried) == num_carried
     assert ("recorded" in header) == (fields["selector"] == "bitmap")
 
+    assert num_carried < num_rows or fields["selector"] == "all"
+    assert bool(fields["spans"]) == (num_rows > 0)
+
     count = num_carried * layers * top_k
     assert ("ids" in header) != ("packed_ids" in header)
     if "ids" in header:

@@ -198,6 +198,7 @@ def entry(tensor="ids", **fields):
         (put(num_carried=7), "tensor status is present"),
         (put(spans=[[3, 9]]), "spans is"),
         (put(spans=7), "spans is 7"),
+        (put(spans=[]), r"spans is \[\], expected .* for 7 rows"),
         (put(spans=[[3, float("inf"), "rollout", None]]), r"spans is \[\[3, inf, "),
         (put(spans=[[3, 10.5, "rollout", None]]), r"spans is \[\[3, 10\.5, "),
         (entry(dtype="F32"), r"tensor ids is \['F32'"),
