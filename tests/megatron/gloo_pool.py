@@ -45,7 +45,7 @@ class GlooPool:
             try:
                 for rank in range(self.world_size):
                     ours, theirs = _CONTEXT.Pipe()
-                    process = _CONTEXT.Process(target=_serve, args=(theirs, rank), daemon=True)
+                    process = _CONTEXT.Process(target=_serve, args=(theirs, rank))
                     process.start()
                     theirs.close()
                     ranks[ours] = rank, process
@@ -55,8 +55,10 @@ class GlooPool:
                     connection.send_bytes(task)
                 return self._collect(ranks, function.__name__, timeout_s)
             finally:
-                for connection, (_, process) in ranks.items():
+                for connection in ranks:
                     connection.close()
+                for _, process in ranks.values():
+                    process.join(timeout=1)  # ends by itself, with what it started
                     process.kill()
                     process.join()
 
@@ -95,9 +97,9 @@ def _serve(connection: Any, rank: int) -> None:
 
     torch.set_num_threads(1)
     cpu.enable()
-    connection.send_bytes(b"ready")
-    connection.send_bytes(pickle.dumps(_answer(connection.recv_bytes(), rank)))
     with contextlib.suppress(EOFError):
+        connection.send_bytes(b"ready")
+        connection.send_bytes(pickle.dumps(_answer(connection.recv_bytes(), rank)))
         connection.recv_bytes()  # the other ranks may still need this one's groups
 
 
