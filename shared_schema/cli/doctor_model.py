@@ -37,7 +37,9 @@ def check_model(
 
 
 def _unknown(config: dict[str, Any], error: RoutingSchemaError) -> Check:
-    if any("experts" in key for key in {**config, **(config.get("text_config") or {})}):
+    text = config.get("text_config")
+    keys = [*config, *(text if isinstance(text, dict) else ())]
+    if any("experts" in key for key in keys):
         return Check(
             "model",
             "warning",

@@ -148,7 +148,7 @@ def _check_engine(config: dict[str, Any], arguments: list[str]) -> tuple[Check, 
             )
             parsed.model = folder
             engine = AsyncEngineArgs.from_cli_args(parsed).create_engine_config()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return _refused(error, folder), None
     ignored = f"; not looked at: {' '.join(others)}" if others else ""
     return (
@@ -162,7 +162,7 @@ def _check_engine(config: dict[str, Any], arguments: list[str]) -> tuple[Check, 
     )
 
 
-def _refused(error: Exception, folder: str) -> Check:
+def _refused(error: BaseException, folder: str) -> Check:
     return Check(
         "engine",
         "error",

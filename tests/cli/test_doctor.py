@@ -157,6 +157,7 @@ def test_a_megatron_that_was_never_tested_is_a_warning(monkeypatch, installed, s
     [
         (DENSE, [], "no experts"),
         (CONFIG, ["--max-model-len", "many"], "--max-model-len"),
+        (CONFIG, ["--help"], "would not start"),
         (CONFIG, ["--additional-config", '{"r3": {"max_bytes": 0}}'], "max_bytes"),
     ],
 )
@@ -193,6 +194,7 @@ def test_a_store_too_small_for_the_kv_cache_is_a_warning(max_bytes, status):
         (DENSE, "error"),
         ({"model_type": "new_moe", "num_experts": 8}, "warning"),
         ({"model_type": "new_vl", "text_config": {"num_experts": 8}}, "warning"),
+        ({"model_type": "new_vl", "text_config": ["experts"]}, "error"),
         ({}, "error"),
     ],
 )
