@@ -1,11 +1,14 @@
 """Command line: `python -m examples.ray_pair`."""
 
 import argparse
+import os
 import tempfile
 import warnings
 from pathlib import Path
 
 from examples import ray_pair
+
+OBJECT_STORE_BYTES = 256 << 20  # the default is a third of the machine's memory
 
 
 def main() -> None:
@@ -13,6 +16,7 @@ def main() -> None:
     # megatron-core tells at every import that it found no Transformer Engine and no Apex.
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
     from rich.console import Console
     from rich.progress import track
@@ -20,7 +24,12 @@ def main() -> None:
     from examples.ray_pair.pair import make_actors, report, step
 
     console = Console()
-    ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+    )
     try:
         with tempfile.TemporaryDirectory() as folder:
             with console.status("model, engine and trainers start"):

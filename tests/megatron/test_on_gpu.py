@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 pytestmark = [
     pytest.mark.gpu,
@@ -113,23 +112,13 @@ def test_ids_lie_on_the_device_in_their_wire_dtype(gpu: torch.device) -> None:
         routers.forward_backward()
 
 
-def test_a_captured_router_follows_targets_that_are_written_in_place(gpu: torch.device) -> None:
-    """Static target and mask: what is captured holds no branch on either."""
-    from megatron.core.transformer.moe.router_replay import RouterReplayAction
+def test_a_captured_router_follows_each_micro_batch_that_is_fed(gpu: torch.device) -> None:
+    from tests.megatron.foreign_routes import expected_map, foreign_routes
 
-    routers = Routers(gpu, 512, 1)
+    routers = Routers(gpu, 512, 1, graph_rows=512)
     router, hidden = routers.chunk[0], routers.hidden.detach()
-    handle = router.router_replay
-
-    def targets(seed: int) -> Tensor:
-        order = torch.rand(512, 128, generator=torch.Generator().manual_seed(seed)).argsort(1)
-        return order[:, :8].to(gpu, torch.uint8)
-
-    target, mask = targets(0), torch.ones(512, dtype=torch.bool, device=gpu)
     with torch.no_grad():
-        native = router(hidden)[1]
-        handle.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
-        handle.set_target_indices(target, replay_mask=mask)
+        native = router(hidden)[1].clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -138,14 +127,17 @@ def test_a_captured_router_follows_targets_that_are_written_in_place(gpu: torch.
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             routed = router(hidden)[1]
-        for seed in (1, 2):
-            target.copy_(targets(seed))
-            mask.copy_(torch.arange(512, device=gpu) % 3 > 0)
-            graph.replay()
-            expected = torch.zeros_like(routed).scatter(1, targets(seed).long(), True)
-            assert torch.equal(routed, torch.where(mask[:, None], expected, native))
-    handle.clear_router_replay_action()
-    handle.clear_indices()
+        for first in (0, 2):
+            routes = foreign_routes(routers.layout, (256, 256), first)
+            with routers.controller.schedule("replay"):
+                routers.controller.feed(routers.chunk, routes, plan=routers.plan)
+                graph.replay()
+            cells = [
+                (first + row // 256, row % 256) if row % 256 < 255 else None for row in range(512)
+            ]
+            expected, replayed = expected_map(routers.layout, cells, layer=0)
+            assert torch.equal(routed.cpu()[replayed], expected[replayed])
+            assert torch.equal(routed.cpu()[~replayed], native.cpu()[~replayed])
 
 
 def on(device: torch.device, batches: Sequence[Any]) -> list[Any]:
@@ -199,13 +191,12 @@ def test_recomputes_find_their_frames_by_sequence_numbers(
             assert torch.equal(used.cpu()[replayed], expected[replayed])
 
 
-@pytest.mark.parametrize("name", ["replay_router", "train_step"])
+@pytest.mark.parametrize("name", ["replay_router", "train_step", "layout"])
 def test_the_benchmark_runs_at_its_real_size(name: str) -> None:
     """Prints the figures for docs/benchmarks.md."""
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--device", "cuda"]
+    command = [sys.executable, "-m", f"benchmarks.{name}"]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     result = json.loads(finished.stdout.splitlines()[-1])
-    assert result["device"] == torch.cuda.get_device_name()
     print(json.dumps(result, indent=1))
     assert np.isfinite(result["aa_ratio"])
