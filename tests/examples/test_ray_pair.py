@@ -1,5 +1,6 @@
 """The Ray pair runs: routes go from vLLM to the trainers as one array for each of them."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from examples.demo.small_model import held_out_prompts
 from shared_schema import RoutingLayout
 from tests.megatron.foreign_routes import foreign_routes
 
@@ -17,16 +19,20 @@ def test_two_trainers_replay_what_the_rollout_actor_sampled(
     model, _ = small_rollout
     command = [sys.executable, "-m", "examples.ray_pair", "--model", str(model)]
     options = ["--prompts", "5", "--max-tokens", "8", "--steps", "1"]
-    finished = subprocess.run([*command, *options], capture_output=True, text=True)
+    # Ray's workers step back for others, here for other tests.
+    environment = os.environ | {"RAY_worker_niceness": "0"}
+    finished = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     rows = re.findall(r"^│(.*)│$", finished.stdout, re.MULTILINE)
     cells = [[cell.strip() for cell in row.split("│")] for row in rows]
     assert [row[1] for row in cells] == ["3", "2"]
     assert [row[3] for row in cells] == ["no", "no"]
-    for row in cells:
-        assert int(row[4]) > 2 * 32
-        # bf16 differs by hundredths of a nat; routes of other tokens would by more.
-        assert float(row[6]) < 0.05
+    prompts = [len(prompt) for prompt in held_out_prompts(5)]
+    for row, lengths in zip(cells, (prompts[:3], prompts[3:]), strict=True):
+        # One row less than tokens each; an answer may end early.
+        assert sum(lengths) <= int(row[4]) <= sum(lengths) + 7 * len(lengths)
+        # bf16 differs by thousandths of a nat, routes that are not the tokens' own by a tenth.
+        assert float(row[6]) < 0.03
 
 
 def test_a_shard_gives_back_its_samples() -> None:
