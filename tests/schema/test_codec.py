@@ -320,6 +320,6 @@ def test_a_header_that_no_reader_would_take_is_not_written():
 
 def test_mutated_payloads_decode_to_the_same_rows_or_raise_our_error():
     """A slice of ``python -m tests.schema.fuzz_codec``, which runs 200,000 payloads."""
-    outcomes = fuzz(3000, seed=1)
+    outcomes = fuzz(2000, seed=1)
     assert outcomes["refused"] > 1000
-    assert outcomes["valid rows"] > 100
+    assert outcomes["valid rows"] > 50
