@@ -149,6 +149,10 @@ class Controller:
         A row that was not recorded, and the last token of each sample where it has none, routes
         natively, and so does padding. In a native schedule it does nothing.
 
+        Routes leave the device when their last router call is over: behind the backward where a
+        checkpoint recomputes, else behind the forward. So call it where gradients are enabled if a
+        backward pass follows.
+
         Args:
             chunk: the model chunk that runs next, wrapped or not.
             routes: routes of the micro-batch, or of a batch that it is a part of: a

@@ -205,28 +205,8 @@ def test_the_flag_builds_replaying_routers_after_install(upstream_list: list[Any
     assert all(r.router_replay.calls is None for r in routers_of(model))
 
 
-def with_mtp(**overrides: Any) -> Any:
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import (
-        get_gpt_decoder_block_spec,
-        get_gpt_mtp_block_spec,
-    )
-
-    config = tiny_config(mtp_num_layers=1, **overrides)
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
-    return GPTModel(
-        config,
-        spec,
-        vocab_size=VOCAB,
-        max_sequence_length=SEQ,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
-        mtp_block_spec=get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False),
-    )
-
-
 def test_routers_of_multi_token_prediction_stay_native(world_of_one: None) -> None:
-    model = with_mtp()
+    model = build(mtp_num_layers=1)
     controller = megatron_r3.attach(model)
     assert [router.name.split(".")[0] for router in controller.report.native] == ["mtp"]
     assert [router.layer for router in controller.report.replayed] == [2, 3, 4]

@@ -11,7 +11,6 @@ import megatron_r3
 from megatron_r3 import LayoutPlan, compat
 from tests.megatron.gloo_pool import GlooPool
 from tests.megatron.micro_batches import MIXED, forward, padded_micro_batches
-from tests.megatron.test_attach import with_mtp
 from tests.megatron.test_upstream_api import targets_of
 from tests.megatron.tiny_gpt import SEQ, tiny_chunks, tiny_config, train_step
 
@@ -64,7 +63,7 @@ def test_routers_behind_a_cleared_list_are_found(upstream: Any) -> None:
 
 
 def test_decoder_routes_in_a_router_of_multi_token_prediction_are_found(upstream: Any) -> None:
-    model = with_mtp(moe_enable_routing_replay=True)
+    model = build(mtp_num_layers=1)
     megatron_r3.attach(model)
     assert len(upstream.global_router_replay_instances) == 4
     decoder = torch.zeros(2 * SEQ, 4, dtype=torch.int64) + torch.arange(4)
