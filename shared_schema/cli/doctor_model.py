@@ -59,7 +59,8 @@ def _memory(
         "memory-worker",
         "ok",
         f"{step} of device memory on each rank, less on pipeline stages, for a step of "
-        f"{engine.max_num_batched_tokens:,} tokens, and {step} of pinned host memory for each step under way",
+        f"{engine.max_num_batched_tokens:,} tokens, and {step} of pinned host memory for each step "
+        "under way",
     )
     yield _memory_of_engine_core(row, engine, kv_tokens)
     yield Check(
