@@ -133,7 +133,7 @@ def _pack(
         positions[0, end - length : end] = torch.arange(length)
         scored = slice(end - 1 - len(sample.output_ids), end - 1)
         sampled[scored] = True
-        rollout_logprobs[scored] = torch.from_numpy(sample.logprobs).float()
+        rollout_logprobs[scored] = torch.tensor(sample.logprobs, dtype=torch.float32)
         weights[scored] = float(advantage)
     bounds, rooms = (
         torch.tensor([0, *stops], dtype=torch.int32) for stops in (ends, [*ends[:-1], width])
