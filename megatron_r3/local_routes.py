@@ -163,7 +163,7 @@ def _opened(route: Any, what: str) -> RoutedExperts:
                 route = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if not isinstance(route, bytes | bytearray | memoryview | mmap.mmap):
             raise RoutingSchemaError(
-                f"a {type(route).__name__}, expected RoutedExperts, their encoded bytes, the path "
+                f"a {type(route).__name__}, expected RoutedExperts, their encoded bytes, the Path "
                 "of a file of these, or None: make it one with shared_schema."
             )
         return decode(memoryview(route), check_ids=False)
