@@ -156,8 +156,9 @@ class Rank:
             micro_batch = self.micro_batches[nth]
             self.feed(chunk, micro_batch, routes and routes(micro_batch))
             with self._logits(self.chunks[number], micro_batch, step):
-                plan = self.chunks[number].build_schedule_plan
-                return self._forward(plan if return_schedule_plan else chunk, micro_batch)
+                if return_schedule_plan:
+                    return self._forward(self.chunks[number].build_schedule_plan, micro_batch)
+                return self._forward(chunk, micro_batch)
 
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
