@@ -104,7 +104,7 @@ class Rank:
         if layout.model.hybrid:
             self.chunks = tiny_hybrid_chunks(self.config, layout.model.hybrid)
         else:
-            self.chunks = tiny_chunks(self.config)
+            self.chunks = tiny_chunks(self.config, reference_attention=layout.packed)
         for chunk in self.chunks:
             fill_by_name(chunk)
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer)
@@ -136,7 +136,14 @@ class Rank:
 
     def feed(self, chunk: Any, micro_batch: int, routes: Any) -> None:
         lengths, width = self.layout.micro_batches[micro_batch]
-        self.controller.feed(chunk, routes, host_lengths=lengths, seq_length=width)
+        packed = packed_seq_params(width) if self.layout.packed else None
+        self.controller.feed(
+            chunk,
+            routes,
+            packed_seq_params=packed,
+            host_lengths=lengths,
+            seq_length=None if packed else width,
+        )
 
     def step(self, routes: Any, forward_only: bool = False) -> Step:
         """Run Megatron's own schedule; ``routes`` of a micro-batch by its number."""
@@ -172,8 +179,8 @@ class Rank:
                 data_iterator=[None] * len(self.chunks) if virtual else None,
                 model=self.wrapped if virtual else self.wrapped[0],
                 num_microbatches=len(self.micro_batches),
-                seq_length=self.layout.micro_batches[0][1],
-                micro_batch_size=len(self.layout.micro_batches[0][0]),
+                seq_length=self.layout.micro_batches[0][1] * (2 if self.layout.packed else 1),
+                micro_batch_size=1 if self.layout.packed else 2,
                 forward_only=forward_only,
             )
         frames = [frame for chunk in self.controller._chunks for frame in chunk.calls.frames]
@@ -188,9 +195,14 @@ class Rank:
         tokens = torch.randint(0, VOCAB, (batch, width), generator=generator)
         positions = torch.arange(width).expand(batch, width)
         causal = torch.triu(torch.ones(width, width, dtype=torch.bool), 1)[None, None]
-        mask = causal if self.config.context_parallel_size == 1 else None
+        stock_attention = self.config.context_parallel_size == 1 and not self.layout.packed
+        mask = causal if stock_attention else None
         local = [context_parallel_share(x) for x in (tokens, positions, tokens.roll(-1, 1))]
-        losses = model(local[0], local[1], mask, labels=local[2])
+        extra = {}
+        if self.layout.packed:
+            local = [x.reshape(1, -1) for x in local]
+            extra = {"packed_seq_params": packed_seq_params(width)}
+        losses = model(local[0], local[1], mask, labels=local[2], **extra)
         # Megatron multiplies by the context-parallel size and averages over data ranks.
         return losses, lambda output: (output.float().sum() / tokens.numel(), {})
 
@@ -220,7 +232,8 @@ class Rank:
 
     def _codes(self, micro_batch: int, sequence_parallel: bool) -> Tensor:
         _, width = self.layout.micro_batches[micro_batch]
-        return rows_of_routers(torch.arange(2 * width).view(2, width), sequence_parallel)
+        identity = torch.arange(2 * width).view(2, width)
+        return rows_of_routers(identity, self.layout.packed, sequence_parallel)
 
     def native_witnesses(self) -> list["NativeWitness"]:
         """On the routers of multi-token prediction."""
@@ -319,11 +332,20 @@ def context_parallel_share(tensor: Tensor) -> Tensor:
     return get_batch_on_this_cp_rank({"tensor": tensor, "cu_seqlens": None}, **group)["tensor"]
 
 
-def rows_of_routers(identity: Tensor, sequence_parallel: bool) -> Tensor:
+def packed_seq_params(width: int) -> Any:
+    """Of two samples of ``width`` tokens each, padding included."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    ends = torch.tensor([0, width, 2 * width], dtype=torch.int32)
+    return PackedSeqParams("thd", ends, ends, max_seqlen_q=width, max_seqlen_kv=width)
+
+
+def rows_of_routers(identity: Tensor, packed: bool, sequence_parallel: bool) -> Tensor:
     """``[T]`` the code of each row of this rank, of ``[B, S]`` cut and ordered by Megatron."""
     from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
-    rows = context_parallel_share(identity).T.contiguous()
+    share = context_parallel_share(identity)
+    rows = share.reshape(-1, 1) if packed else share.T.contiguous()
     return (scatter_to_sequence_parallel_region(rows) if sequence_parallel else rows).flatten()
 
 

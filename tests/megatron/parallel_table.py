@@ -78,6 +78,8 @@ class Layout:
     model: Model = Model()
     micro_batches: MicroBatches = EQUAL
     world_size: int = 2
+    packed: bool = False
+    """Whether the samples, each with its padding, stand in one row behind each other (THD)."""
     accept: frozenset[str] = frozenset()
     expert_gradients: bool = True
     """Whether Megatron reduces them right: with ETP other than TP but no EP it averages the shards
@@ -116,6 +118,11 @@ LAYOUTS: dict[str, Layout] = {
     "pp2_vpp2 block": Layout({PP: 2, VPP: 2}, BLOCK | INTERLEAVED),
     "pp2_vpp2 selective": Layout({PP: 2, VPP: 2}, SELECTIVE | INTERLEAVED),
     "tp2_sp selective": Layout({TP: 2}, SELECTIVE),
+    # packed batches
+    "tp2_sp packed": Layout({TP: 2}, packed=True),
+    "cp2 packed": Layout({CP: 2}, packed=True),
+    "cp2_tp2 packed": Layout({CP: 2, TP: 2}, world_size=4, packed=True),
+    "pp2_vpp2 packed": Layout({PP: 2, VPP: 2}, FULL | INTERLEAVED, packed=True),
     # micro-batches of different sizes
     "pp2 mixed sizes": Layout(
         {PP: 2}, BLOCK | ALLTOALL | {"variable_seq_lengths": True}, micro_batches=MIXED

@@ -60,14 +60,17 @@ def tiny_config(**overrides: Any) -> TransformerConfig:
     return TransformerConfig(**(settings | overrides))
 
 
-def tiny_chunks(config: TransformerConfig) -> list[GPTModel]:
-    """The model chunks of this rank, one for each virtual pipeline stage."""
+def tiny_chunks(config: TransformerConfig, reference_attention: bool = False) -> list[GPTModel]:
+    """The model chunks of this rank, one for each virtual pipeline stage.
+
+    Packed batches and context parallelism need ``reference_attention``.
+    """
     chunks = []
     for stage, ends in _stages(config):
         spec = get_gpt_decoder_block_spec(
             config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=stage
         )
-        if config.context_parallel_size > 1:
+        if reference_attention or config.context_parallel_size > 1:
             spec = with_reference_attention(spec)
         mtp = None
         if config.mtp_num_layers:
