@@ -4,8 +4,8 @@ Three engines stay up, each in a process of its own: one with capture and two wi
 round all of them generate from the same prompts, one after another, in a rotating order. The two
 engines without capture, compared with each other, show the noise (A/A).
 
-The CPU time of our own code is measured inside the engine with capture: what our worker and
-scheduler classes add to the methods of vLLM that they extend, over the CPU time of the engine's
+The CPU time of our own code is measured inside the engine with capture: what it adds to the methods
+of vLLM's model runner and scheduler that it wraps or extends, over the CPU time of the engine's
 steps, both of the thread that runs the engine.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks._measure import finish, median_interval, surroundings
 
 ENGINES = ("on", "off", "off again")
-WORKER_METHODS = ("execute_model", "sample_tokens")
+RUNNER_METHODS = ("execute_model", "sample_tokens")
 SCHEDULER_METHODS = (
     "schedule",
     "update_from_output",
@@ -56,19 +56,19 @@ def make_model(path: Path, hidden_size: int, layers: int) -> Path:
 
 
 class HookTimer:
-    """CPU time that our classes spend outside the vLLM methods that they extend."""
+    """CPU time that we spend outside the vLLM methods that we extend or wrap."""
 
-    def __init__(self, worker: Any, scheduler: Any) -> None:
+    def __init__(self, runner: Any, scheduler: Any) -> None:
         self.seconds = 0.0
-        self._time(worker, WORKER_METHODS)
-        self._time(scheduler, SCHEDULER_METHODS)
-
-    def _time(self, instance: Any, methods: tuple[str, ...]) -> None:
-        ours, vllms = type(instance).__mro__[1:3]
-        for name in methods:
+        # The outer call is ours and vLLM's, the inner one vLLM's alone.
+        capture = runner.execute_model.__self__
+        for name in RUNNER_METHODS:
+            setattr(runner, name, self._timed(getattr(runner, name), +1))
+            setattr(capture, f"_{name}", self._timed(getattr(capture, f"_{name}"), -1))
+        ours, vllms = type(scheduler).__mro__[1:3]
+        for name in SCHEDULER_METHODS:
             assert name in vars(ours), f"{ours.__name__} does not extend {name}"
-            # The outer call is ours and vLLM's, the inner one vLLM's alone.
-            setattr(instance, name, self._timed(getattr(instance, name), +1))
+            setattr(scheduler, name, self._timed(getattr(scheduler, name), +1))
             setattr(vllms, name, self._timed(getattr(vllms, name), -1))
 
     def _timed(self, method: Callable[..., Any], sign: int) -> Callable[..., Any]:
@@ -88,8 +88,8 @@ def serve_rounds(connection: Any, model: str, capture: bool, settings: dict[str,
 
     llm = LLM(model, enable_return_routed_experts=capture, **settings)
     core = llm.llm_engine.engine_core.engine_core
-    worker = core.model_executor.driver_worker.worker
-    timer = HookTimer(worker, core.scheduler) if capture else None
+    runner = core.model_executor.driver_worker.worker.model_runner
+    timer = HookTimer(runner, core.scheduler) if capture else None
     connection.send("ready")
     step, step_seconds = llm.llm_engine.step, 0.0
 
