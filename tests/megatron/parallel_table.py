@@ -26,8 +26,6 @@ BLOCK = {
     "recompute_method": "block",
     "recompute_num_layers": 1,
 }
-# Two stages that exchange both ways need groups of their own for it, as Megatron's trainer says.
-INTERLEAVED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
 OVERLAP = {"overlap_moe_expert_parallel_comm": True}
@@ -101,7 +99,7 @@ LAYOUTS: dict[str, Layout] = {
     "tp2_sp alltoall": Layout({TP: 2}, FULL | ALLTOALL),
     "cp2": Layout({CP: 2}),
     "pp2": Layout({PP: 2}),
-    "pp2_vpp2": Layout({PP: 2, VPP: 2}, FULL | INTERLEAVED),
+    "pp2_vpp2": Layout({PP: 2, VPP: 2}),
     "dp2": Layout(),
     "ep2 allgather": Layout({EP: 2}),
     "ep2 alltoall": Layout({EP: 2}, FULL | ALLTOALL),
@@ -114,15 +112,15 @@ LAYOUTS: dict[str, Layout] = {
     "ep2_etp2": Layout({EP: 2, ETP: 2}, world_size=4),
     "cp2_tp2": Layout({CP: 2, TP: 2}, world_size=4),
     # recompute
-    "pp2_vpp2 none": Layout({PP: 2, VPP: 2}, INTERLEAVED),
-    "pp2_vpp2 block": Layout({PP: 2, VPP: 2}, BLOCK | INTERLEAVED),
-    "pp2_vpp2 selective": Layout({PP: 2, VPP: 2}, SELECTIVE | INTERLEAVED),
+    "pp2_vpp2 none": Layout({PP: 2, VPP: 2}, {}),
+    "pp2_vpp2 block": Layout({PP: 2, VPP: 2}, BLOCK),
+    "pp2_vpp2 selective": Layout({PP: 2, VPP: 2}, SELECTIVE),
     "tp2_sp selective": Layout({TP: 2}, SELECTIVE),
     # packed batches
     "tp2_sp packed": Layout({TP: 2}, packed=True),
     "cp2 packed": Layout({CP: 2}, packed=True),
     "cp2_tp2 packed": Layout({CP: 2, TP: 2}, world_size=4, packed=True),
-    "pp2_vpp2 packed": Layout({PP: 2, VPP: 2}, FULL | INTERLEAVED, packed=True),
+    "pp2_vpp2 packed": Layout({PP: 2, VPP: 2}, packed=True),
     # micro-batches of different sizes
     "pp2 mixed sizes": Layout(
         {PP: 2}, BLOCK | ALLTOALL | {"variable_seq_lengths": True}, micro_batches=MIXED
@@ -136,7 +134,7 @@ LAYOUTS: dict[str, Layout] = {
     # uneven pipelines
     "pp2 short first stage": Layout({PP: 2}, FULL | {"num_layers_in_first_pipeline_stage": 3}),
     "pp2_vpp2 custom layout": Layout(
-        {PP: 2, VPP: 2}, FULL | INTERLEAVED | {"pipeline_model_parallel_layout": "Et|tt|ttt|ttL"}
+        {PP: 2, VPP: 2}, FULL | {"pipeline_model_parallel_layout": "Et|tt|ttt|ttL"}
     ),
     # multi-token prediction
     "pp2 mtp": Layout({PP: 2}, model=MTP),
@@ -146,12 +144,12 @@ LAYOUTS: dict[str, Layout] = {
     "tp2_sp hybrid": Layout({TP: 2}, {}, model=HYBRID),
     "pp2 hybrid": Layout({PP: 2}, {}, model=Model(hybrid="*E*|E*E")),
     # bf16 in Megatron's Float16Module
-    "pp2_vpp2 bf16": Layout({PP: 2, VPP: 2}, FULL | INTERLEAVED | BF16),
+    "pp2_vpp2 bf16": Layout({PP: 2, VPP: 2}, FULL | BF16),
     # the forward of one micro-batch overlaps the backward of another
     "ep2 overlap": Layout({EP: 2}, ALLTOALL | BF16 | OVERLAP, accept=OVERLAP_ACCEPTED),
     "pp2_vpp2_ep2 overlap": Layout(
         {PP: 2, VPP: 2, EP: 2},
-        ALLTOALL | BF16 | OVERLAP | INTERLEAVED,
+        ALLTOALL | BF16 | OVERLAP,
         world_size=4,
         accept=OVERLAP_ACCEPTED,
     ),

@@ -53,7 +53,7 @@ def choose_foreign_experts(chunks: Any, layout: Any, micro_batch: list[int]) -> 
         for router in chunk.modules():
             if not isinstance(router, TopKRouter):
                 continue
-            codes = rows_of_routers(identity, router.config.sequence_parallel).tolist()
+            codes = rows_of_routers(identity, False, router.config.sequence_parallel).tolist()
             layer = layout.moe_layers.index(router.layer_number - 1)
 
             def gating(

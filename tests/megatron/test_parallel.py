@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.megatron.gloo_pool import GlooPool
-from tests.megatron.parallel_run import Part, RankReport, Step, rows_that_miss, run_layout
+from tests.megatron.parallel_faults import rows_that_miss
+from tests.megatron.parallel_run import Part, RankReport, Step, run_layout
 from tests.megatron.parallel_table import BLOCK, LAYOUTS, Layout, MicroBatches, Model
 
 ROUNDING = 2e-5  # of a tensor's largest value: float32 sums run in another order

@@ -8,7 +8,7 @@ import torch
 
 from tests.megatron.gloo_pool import GlooPool
 from tests.megatron.parallel_run import Followed, Part, Rank, checkpoint_parts
-from tests.megatron.parallel_table import ALLTOALL, EP, FULL, INTERLEAVED, PP, TP, VPP, Layout
+from tests.megatron.parallel_table import ALLTOALL, EP, FULL, PP, TP, VPP, Layout
 from tests.megatron.test_parallel import assert_same
 
 UPDATED: dict[str, Layout] = {
@@ -84,7 +84,7 @@ def train_two_models(layout: Layout) -> list[Followed]:
 
 
 def test_two_models_in_one_process_replay_their_own_routes(gloo_2: GlooPool) -> None:
-    layout = Layout({PP: 2, VPP: 2}, FULL | INTERLEAVED)
+    layout = Layout({PP: 2, VPP: 2})
     for rank in gloo_2.run(train_two_models, layout, **layout.groups):
         assert [followed.wrong for followed in rank] == [0, 0, 0, 0]
         assert len({followed.rows for followed in rank}) == 1

@@ -22,6 +22,7 @@ VOCAB, SEQ, BATCH = 128, 16, 2
 def tiny_config(**overrides: Any) -> TransformerConfig:
     """A TransformerConfig whose parallel sizes are those of the current parallel state."""
     tp = parallel_state.get_tensor_model_parallel_world_size()
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
     settings: dict[str, Any] = {
         "num_layers": 4,
         "hidden_size": 64,
@@ -50,9 +51,10 @@ def tiny_config(**overrides: Any) -> TransformerConfig:
         "tensor_model_parallel_size": tp,
         "sequence_parallel": tp > 1,
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
-        "virtual_pipeline_model_parallel_size": (
-            parallel_state.get_virtual_pipeline_model_parallel_world_size()
-        ),
+        "virtual_pipeline_model_parallel_size": virtual,
+        # Two stages that exchange both ways in one batch get each other's tensors under gloo.
+        "overlap_p2p_comm": virtual is not None,
+        "batch_p2p_comm": virtual is None,
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
         "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
         "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
