@@ -28,6 +28,8 @@ def _create_engine_config(
         self.enable_return_routed_experts or self.aux_output_config.enable_return_routed_experts
     ):
         return original(self, *args, **kwargs)
+    if R3Options.of(self).backend == "vllm":
+        return original(self, *args, **kwargs)
     with _native_flags_cleared(self):
         config = original(self, *args, **kwargs)
     take_over(config, self.aux_output_config.max_bytes)

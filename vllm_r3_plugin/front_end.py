@@ -1,4 +1,4 @@
-"""The front end's part: rows of requests that a client aborts, and rows that were withdrawn."""
+"""The front end's part: what requests ask for, rows of aborted ones, rows that were withdrawn."""
 
 from __future__ import annotations
 
@@ -6,21 +6,74 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+from vllm.exceptions import VLLMValidationError
 
 from vllm_r3_plugin.journal import Journal
+from vllm_r3_plugin.options import R3Options
+from vllm_r3_plugin.request_options import RequestOptions
 from vllm_r3_plugin.scheduler_factory import SchedulerFactory
 from vllm_r3_plugin.wrapping import wrap_once
 
 _journal = Journal()
 
 
+class RequestError(VLLMValidationError, ValueError):
+    """A request asks for what there is not: status 400 over HTTP, a ``ValueError`` in Python."""
+
+
 def install() -> None:
     """Wrap what the front end needs; engines without the flag only pass through."""
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import RequestState
 
+    wrap_once(AsyncLLM, "generate", _generate)
+    wrap_once(InputProcessor, "process_inputs", _process_inputs)
     wrap_once(AsyncLLM, "abort", _abort)
     wrap_once(RequestState, "_new_completion_output", _new_completion_output)
+
+
+def _captures(vllm_config: Any) -> bool:
+    return isinstance(vllm_config.scheduler_config.scheduler_cls, SchedulerFactory)
+
+
+def _options(vllm_config: Any, sampling_params: Any, prompt: Any) -> RequestOptions:
+    """``prompt`` is token ids or embeddings, or None where they are not known yet."""
+    try:
+        options = RequestOptions.of(sampling_params, R3Options.of(vllm_config))
+        if prompt is not None:
+            options.require_start_within(len(prompt))
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+    return options
+
+
+def _generate(
+    original: Callable[..., Any],
+    self: Any,
+    prompt: Any,
+    sampling_params: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Refuse wrong options before the answer to a streaming request has begun."""
+    if _captures(self.vllm_config):
+        prompt_ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+        _options(self.vllm_config, sampling_params, prompt_ids)
+    return original(self, prompt, sampling_params, *args, **kwargs)
+
+
+def _process_inputs(
+    original: Callable[..., Any], self: Any, request_id: str, *args: Any, **kwargs: Any
+) -> Any:
+    """Refuse wrong options; spell out the others for the engine core."""
+    request = original(self, request_id, *args, **kwargs)
+    params = request.sampling_params
+    if params is not None and _captures(self.vllm_config):
+        ids, embeddings = request.prompt_token_ids, request.prompt_embeds
+        options = _options(self.vllm_config, params, embeddings if ids is None else ids)
+        options.write_to(params)
+    return request
 
 
 async def _abort(
@@ -36,9 +89,7 @@ async def _abort(
     """
     ids = [request_id] if isinstance(request_id, str) else list(request_id)
     # Internal aborts follow a client that has gone: nobody reads what is reported.
-    if not internal and isinstance(
-        self.vllm_config.scheduler_config.scheduler_cls, SchedulerFactory
-    ):
+    if not internal and _captures(self.vllm_config):
         with _journal.guard("fetching the rows of aborted requests"):
             await _fetch_rows(self, ids)
     await original(self, ids, internal)

@@ -67,6 +67,31 @@ SEAMS = (
         "the front end waits for the engine core's last output of an aborted request",
     ),
     Seam(
+        "vllm.v1.engine.async_llm:AsyncLLM.generate",
+        "wrapped",
+        "a request's wrong options are refused before a streaming answer begins",
+        "a check of extra_args by plugins",
+    ),
+    Seam(
+        "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+        "wrapped",
+        "a request's options are checked against its prompt, and defaults filled in",
+        "a check of extra_args by plugins",
+    ),
+    Seam(
+        "vllm.v1.engine:EngineCoreRequest",
+        "read",
+        "the length of a prompt bounds the first row that can be asked for",
+        "a check of extra_args by plugins",
+        ("prompt_embeds", "prompt_token_ids", "sampling_params"),
+    ),
+    Seam(
+        "vllm.exceptions:VLLMValidationError",
+        "extended",
+        "the error that becomes status 400",
+        "nothing: meant for this",
+    ),
+    Seam(
         "vllm.v1.engine.output_processor:RequestState._new_completion_output",
         "wrapped",
         "rows sent in parts, for stop strings, are withdrawn when a later one is unrecorded",

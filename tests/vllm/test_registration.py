@@ -192,6 +192,14 @@ def test_vllms_own_memory_limit_is_honoured(engine_args):
         ({"maxbytes": 1}, "unknown key 'maxbytes'"),
         ({"max_bytes": "1G"}, "'1G'"),
         ({"max_bytes": 0}, "is 0"),
+        ({"backend": "native"}, "backend in .* is 'native', expected 'r3' or 'vllm'"),
+        ({"routing": True}, "routing in .* is True, expected 'on' or 'off'"),
+        ({"encoding": "npy"}, "encoding in .* is 'npy', expected 'native' or 'r3'"),
+        ({"delivery": "later"}, "delivery in .* is 'later'"),
+        ({"unrecorded": "zeros"}, "unrecorded in .* is 'zeros'"),
+        ({"fetch_max_bytes": None}, "fetch_max_bytes in .* is None"),
+        ({"fetch_ttl_s": "60"}, "fetch_ttl_s in .* is '60'"),
+        ({"fetch_ttl_s": 0}, "fetch_ttl_s in .* is 0"),
         (3, "is 3"),
     ],
 )
@@ -200,6 +208,14 @@ def test_a_wrong_option_is_one_clear_sentence(engine_args, given, said):
     with pytest.raises(ValueError, match=said) as error:
         args.create_engine_config()
     assert_one_sentence(error)
+
+
+def test_the_backend_vllm_leaves_vllms_own_path_and_its_errors(engine_args):
+    args = engine_args(
+        enable_return_routed_experts=True, additional_config={"r3": {"backend": "vllm"}}
+    )
+    with pytest.raises(ValueError, match="requires Model Runner V2"):
+        args.create_engine_config()
 
 
 def test_a_dense_model_is_refused_in_one_clear_sentence(engine_args):
