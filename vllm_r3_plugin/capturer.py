@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from shared_schema import RoutingLayout
+from vllm_r3_plugin.journal import logger
 
 CaptureFn = Callable[[torch.Tensor], None]
 
@@ -26,7 +27,8 @@ class LayerCapture:
     """Callback of one router: writes its logical expert ids, a single device copy.
 
     It is traced by Dynamo on CPU and recorded in CUDA graphs elsewhere, so it holds no state but
-    the buffer. ``then`` is the callback that was bound before, if any.
+    the buffer, and is not run where the graph is: there only tracing and recording can fail, at
+    start-up. ``then`` is the callback that was bound before, if any.
     """
 
     def __init__(self, column: torch.Tensor, then: CaptureFn | None) -> None:
@@ -35,10 +37,20 @@ class LayerCapture:
 
     def __call__(self, topk_ids: torch.Tensor) -> None:
         """Write ``[n, k]`` ids of the step's n tokens."""
-        # Fused shared experts follow the routed ones as further columns.
-        self.column[: topk_ids.shape[0]] = topk_ids[:, : self.column.shape[1]]
+        try:
+            self._write(topk_ids)
+        except Exception:
+            # In an eager forward. The last row stays as armed: the step's rows are unusable.
+            logger.debug("moe-r3: a router's choice was not captured", exc_info=True)
         if self.then is not None:
             self.then(topk_ids)
+
+    def _write(self, topk_ids: torch.Tensor) -> None:
+        top_k = self.column.shape[1]
+        if topk_ids.shape[1] < top_k:  # one column would be broadcast
+            raise ValueError(f"a router chose {topk_ids.shape[1]} experts, expected {top_k}")
+        # Fused shared experts follow the routed ones as further columns.
+        self.column[: topk_ids.shape[0]] = topk_ids[:, :top_k]
 
 
 def capture_dtype(num_experts: int, top_k: int) -> np.dtype[Any]:

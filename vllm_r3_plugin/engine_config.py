@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from vllm_r3_plugin import engine_core, front_end, seams
+from vllm_r3_plugin import engine_core, front_end, metrics, seams
 from vllm_r3_plugin.options import R3Options
 from vllm_r3_plugin.scheduler_factory import SchedulerFactory
 from vllm_r3_plugin.worker import worker_cls_over
@@ -63,6 +63,7 @@ def take_over(config: Any, max_bytes: int | None) -> None:
     seams.require_present()
     front_end.install()
     engine_core.install()
+    metrics.install()
     options.store_in(config)
     parallel, scheduler = config.parallel_config, config.scheduler_config
     parallel.worker_cls = worker_cls_over(parallel.worker_cls)

@@ -7,8 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from shared_schema import RoutingLayout
+from vllm_r3_plugin.journal import Journal
 from vllm_r3_plugin.scheduler_factory import SchedulerFactory
 from vllm_r3_plugin.wrapping import wrap_once
+
+_journal = Journal()
 
 
 def install() -> None:
@@ -90,15 +93,18 @@ def _send_finish_outputs_to_client(
 ) -> None:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 
-    rows = _rows_of_aborted(self, req_ids) if reason == FinishReason.ABORT else {}
-    if not rows:
+    core_outputs = None
+    with _journal.guard("returning the rows of paused requests"):
+        rows = _rows_of_aborted(self, req_ids) if reason == FinishReason.ABORT else {}
+        if rows:
+            outputs = [EngineCoreOutput(i, [], finish_reason=reason) for i in req_ids]
+            for output in outputs:
+                _, output.routed_experts = rows.get(output.request_id, (0, None))
+            core_outputs = EngineCoreOutputs(finished_requests=set(req_ids), outputs=outputs)
+    if core_outputs is None:
         original(self, req_ids, client_index, reason)
-        return
-    outputs = [EngineCoreOutput(i, [], finish_reason=reason) for i in req_ids]
-    for output in outputs:
-        _, output.routed_experts = rows.get(output.request_id, (0, None))
-    core_outputs = EngineCoreOutputs(finished_requests=set(req_ids), outputs=outputs)
-    self.output_queue.put_nowait((client_index, core_outputs))
+    else:
+        self.output_queue.put_nowait((client_index, core_outputs))
 
 
 def _rows_of_aborted(

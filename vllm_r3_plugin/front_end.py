@@ -114,7 +114,8 @@ async def _fetch_rows(engine: Any, external_ids: list[str]) -> None:
 def _new_completion_output(original: Callable[..., Any], self: Any, *args: Any) -> Any:
     """Return no routed experts where the engine core withdrew rows that it had already sent."""
     output = original(self, *args)
-    rows = output.routed_experts
-    if rows is not None and rows.dtype.kind == "f":
-        output.routed_experts = None
+    rows, output.routed_experts = output.routed_experts, None
+    with _journal.guard("returning rows"):
+        if rows is not None and rows.dtype.kind != "f":
+            output.routed_experts = rows
     return output

@@ -1,9 +1,10 @@
-"""Counts what did not go as planned and says so once; nothing here may stop the engine."""
+"""Counts what happens, says once what did not go as planned; nothing here stops the engine."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from types import TracebackType
 
 logger = logging.getLogger("vllm.moe_r3")
@@ -20,19 +21,31 @@ class Journal:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self._new: Counter[str] = Counter()
+
+    def count(self, event: str, number: int = 1) -> None:
+        """Count ``number`` events."""
+        self.counts[event] += number
+        self._new[event] += number
 
     def note(self, event: str, message: str, *, number: int = 1) -> None:
         """Count ``number`` events and log ``message`` if it is the first of its name."""
-        self.counts[event] += number
-        if self.counts[event] == number:
+        first = event not in self.counts
+        self.count(event, number)
+        if first:
             logger.warning("moe-r3: %s (logged once; counted as %r)", message, event)
 
-    def guard(self, place: str) -> Guard:
+    def take_new(self) -> dict[str, int]:
+        """What was counted since the last call."""
+        new, self._new = self._new, Counter()
+        return dict(new)
+
+    def guard(self, place: str, then: Callable[[], None] | None = None) -> Guard:
         """A context in which an exception is a counted event: rows are lost, nothing else.
 
-        ``place`` names what is being done.
+        ``place`` names what is being done; ``then`` is called after an exception, guarded too.
         """
-        return Guard(self, place)
+        return Guard(self, place, then)
 
     def report(self) -> None:
         """Log all counts, at shutdown."""
@@ -43,11 +56,12 @@ class Journal:
 class Guard:
     """What :meth:`Journal.guard` returns; a class, since it is entered several times a step."""
 
-    __slots__ = ("_journal", "_place")
+    __slots__ = ("_journal", "_place", "_then")
 
-    def __init__(self, journal: Journal, place: str) -> None:
+    def __init__(self, journal: Journal, place: str, then: Callable[[], None] | None) -> None:
         self._journal = journal
         self._place = place
+        self._then = then
 
     def __enter__(self) -> None:
         pass
@@ -66,4 +80,7 @@ class Guard:
             f"routing was lost while {self._place}: {name}: {error}",
         )
         logger.debug("moe-r3: while %s", self._place, exc_info=error)
+        if self._then is not None:
+            with self._journal.guard(f"recovering from an error while {self._place}"):
+                self._then()
         return True

@@ -22,7 +22,7 @@ Rows = tuple[UInt[np.ndarray, "T L k"], UInt8[np.ndarray, " T"]]
 class PendingHit(NamedTuple):
     """Rows of a prefix-cache hit that a step still in flight may publish."""
 
-    slot: int
+    request_id: str
     page_index: int
     key: Hashable
 
@@ -107,6 +107,11 @@ class PageStore:
         """Pages that hold rows of a request or are kept for a prefix-cache hit."""
         return self._next_page - 1 - len(self._free_pages)
 
+    @property
+    def nbytes(self) -> int:
+        """Host memory that those pages take, in bytes."""
+        return self.num_pages * self.page_size * self.layout.row_nbytes
+
     def admit(
         self, request_id: str, start: int, keys: Sequence[Hashable], keep: int = 0
     ) -> list[PendingHit]:
@@ -123,14 +128,15 @@ class PageStore:
             steps scheduled so far have been written.
 
         """
+        kept = self.read(request_id, 0, keep) if keep else None
         slot = self._slot_of[request_id] or self._new_slot(request_id)
-        self._kept[slot] = self.read(request_id, 0, keep) if keep else None
+        self._kept[slot] = kept
         self._truncate(slot, 0)
         self._keys[slot] = keys
         self._slot_generation[slot] = self._generation
         self._floor[slot] = start
         num_hits = min(-(-start // self.page_size), len(keys))
-        hits = [PendingHit(slot, index, keys[index]) for index in range(num_hits)]
+        hits = [PendingHit(request_id, index, keys[index]) for index in range(num_hits)]
         return [hit for hit in hits if not self._attach(hit)]
 
     def resolve(self, pending: Iterable[PendingHit]) -> None:
@@ -181,7 +187,10 @@ class PageStore:
         self._publish(np.full(len(recent), slot), recent)
 
     def read(self, request_id: str, start: int, stop: int) -> Rows:
-        """Copies of the rows at positions ``start`` … ``stop - 1``: ids, and status of each row."""
+        """Copies of the rows at positions ``start`` … ``stop - 1``: ids, and status of each row.
+
+        Rows of an unknown request, such as one given up after an error, are ``CAPTURE_FAILED``.
+        """
         slot = self._slot_of[request_id]
         size = self.page_size
         first = start // size
@@ -192,6 +201,8 @@ class PageStore:
         flat_status = status.reshape(-1)[rows]
         hits = flat_status[: max(0, int(self._floor[slot]) - start)]
         hits[hits == RowStatus.STEP_LOST] = RowStatus.EVICTED
+        if not slot:
+            flat_status[:] = RowStatus.CAPTURE_FAILED
         ids = self._pool[pages].reshape(-1, *self._pool.shape[2:])[rows]
         kept = self._kept[slot]
         if kept is not None:
@@ -223,16 +234,46 @@ class PageStore:
         self._page_of_key.clear()
         self._key_of_page.clear()
 
+    def repair(self, lost: Iterable[str]) -> None:
+        """Forget requests, after an exception that may have left work on them half done.
+
+        What belongs to others is trusted: the pages in their tables, and the key of each published
+        page. All the rest follows from these.
+        """
+        for request_id in lost:
+            self._slot_of.pop(request_id, None)
+        self._last_batch = ()
+        unused = np.ones(len(self._floor), bool)
+        unused[[0, *self._slot_of.values()]] = False
+        self._table[unused] = _NOWHERE
+        self._free_slots = np.flatnonzero(unused)[::-1].tolist()
+        for slot in self._free_slots:
+            self._keys[slot], self._kept[slot] = (), None
+        self._references[:] = np.bincount(self._table.ravel(), minlength=len(self._references))
+        self._references[_NOWHERE] = 0
+        self._key_of_page = {page: key for key, page in self._page_of_key.items()}
+        pages = np.flatnonzero(self._references[: self._next_page] == 0)[1:].tolist()
+        published = [page for page in pages if page in self._key_of_page]
+        # The order of those that were in it is kept: least recently used first.
+        order = {page: place for place, page in enumerate(self._unreferenced)}
+        published.sort(key=lambda page: order.get(page, len(order)))
+        self._unreferenced = OrderedDict.fromkeys(published)
+        self._free_pages = [page for page in pages if page not in self._key_of_page]
+
     def _new_slot(self, request_id: str) -> int:
         if not self._free_slots:
             count = len(self._floor)
-            self._free_slots.extend(range(2 * count - 1, count - 1, -1))
-            for name in ("_table", "_floor", "_slot_generation"):
-                old = getattr(self, name)
-                setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
+            # All of them or none: memory may be refused.
+            doubled = {
+                name: np.concatenate([old, np.zeros_like(old)])
+                for name in ("_table", "_floor", "_slot_generation")
+                for old in [getattr(self, name)]
+            }
+            vars(self).update(doubled)
             self._request_of += [""] * count
             self._keys += [()] * count
             self._kept += [None] * count
+            self._free_slots.extend(range(2 * count - 1, count - 1, -1))
         slot = self._free_slots.pop()
         self._slot_of[request_id] = slot
         self._request_of[slot] = request_id
@@ -287,33 +328,42 @@ class PageStore:
             return _NOWHERE
         page = self._next_page
         if page == len(self._pool):
-            self._grow()
+            try:
+                self._grow()
+            except MemoryError:
+                self._max_pages = page - 1
+                return _NOWHERE
         self._next_page += 1
         return page
 
     def _grow(self) -> None:
         pages = min(2 * len(self._pool), 1 + self._max_pages)
+        # All of them or none: memory may be refused.
+        grown = {}
         for name in ("_pool", "_status", "_references"):
             old = getattr(self, name)
-            new = np.empty((pages, *old.shape[1:]), old.dtype)
-            new[: len(old)] = old
-            setattr(self, name, new)
+            grown[name] = np.empty((pages, *old.shape[1:]), old.dtype)
+            grown[name][: len(old)] = old
+        vars(self).update(grown)
 
     def _attach(self, hit: PendingHit) -> bool:
         """Share a published page, or copy its rows below the floor; False if there is none."""
+        slot = self._slot_of[hit.request_id]
         source = self._page_of_key.get(hit.key, _NOWHERE)
-        if source == _NOWHERE:
+        if source == _NOWHERE or not slot:
             return False
-        num_rows = int(self._floor[hit.slot]) - hit.page_index * self.page_size
+        num_rows = int(self._floor[slot]) - hit.page_index * self.page_size
+        if num_rows <= 0:  # admitted again since, without this hit
+            return True
         if num_rows >= self.page_size:
             self._references[source] += 1
             self._unreferenced.pop(source, None)
-            self._table[hit.slot, hit.page_index] = source
+            self._table[slot, hit.page_index] = source
             return True
         if source in self._unreferenced:
             self._unreferenced.move_to_end(source)  # the page it is copied to shall be another
-        page = int(self._table[hit.slot, hit.page_index]) or int(self._new_pages(1)[0])
-        self._table[hit.slot, hit.page_index] = page
+        page = int(self._table[slot, hit.page_index]) or int(self._new_pages(1)[0])
+        self._table[slot, hit.page_index] = page
         self._pool[page, :num_rows] = self._pool[source, :num_rows]
         self._status[page, :num_rows] = self._status[source, :num_rows]
         return True

@@ -42,8 +42,10 @@ class StageSender:
         self._thread.submit(self._send, step, finish)
 
     def _send(self, step: int, finish: Callable[[], np.ndarray[Any, Any] | None]) -> None:
-        with self._journal.guard("sending a stage's rows"):
+        ids = None
+        with self._journal.guard("finishing a stage's rows"):
             ids = finish()
+        with self._journal.guard("sending a stage's rows"):
             header = np.array((step, self._stage), _HEADER).tobytes()
             # The array is this step's own copy, so that ZeroMQ may read it later.
             frames = [header] if ids is None else [header, np.ascontiguousarray(ids).data]

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from shared_schema import RoutedExperts, RoutingLayout, RowStatus, to_vllm_native
-from vllm_r3_plugin.journal import Journal
-from vllm_r3_plugin.options import R3Options
+from vllm_r3_plugin import metrics
+from vllm_r3_plugin.journal import Guard, Journal, logger
+from vllm_r3_plugin.memory import MemoryBounds
 from vllm_r3_plugin.page_store import PageStore, PendingHit
 from vllm_r3_plugin.step_rows import STEP_ROWS_ATTRIBUTE, StepRows
 
@@ -69,7 +70,10 @@ class RoutingScheduler:
     def __init__(self, *args: Any, r3_layout: RoutingLayout, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.r3_journal = Journal()
-        self.r3_store = _build_store(self, r3_layout)
+        self.r3_layout = r3_layout
+        self._r3_bounds = MemoryBounds.of(self, r3_layout)
+        logger.info("moe-r3: %s", self._r3_bounds)
+        self.r3_store = _build_store(self, self._r3_bounds)
         kv_managers = self.kv_cache_manager.coordinator.single_type_managers
         self._r3_kv_blocks_of = kv_managers[0].req_to_blocks if len(kv_managers) == 1 else {}
         self._r3_cached_kv_block = self.kv_cache_manager.block_pool.get_cached_block
@@ -77,6 +81,7 @@ class RoutingScheduler:
         self._r3_riding: set[str] = set()
         self._r3_dropping: set[str] = set()
         self._r3_restarted: set[str] = set()
+        self._r3_given_up: set[str] = set()
         self._r3_steps: deque[Step] = deque()
         self._r3_step_number = 0
         self._r3_retired: deque[tuple[int, str]] = deque()
@@ -90,30 +95,43 @@ class RoutingScheduler:
         self._r3_step_number += 1
         step = Step(self._r3_step_number, [])
         self._r3_steps.append(step)
-        with self.r3_journal.guard("admitting requests"):
+        with self.r3_journal.guard("releasing requests"):
             self._r3_release_retired()
-            self._r3_admit(scheduler_output, step)
+        for new in scheduler_output.scheduled_new_reqs:
+            with self._r3_guard("admitting a request", (new.req_id,)):
+                self._r3_admit(new.req_id, scheduler_output, step)
+        for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
+            with self._r3_guard("admitting a request again", (request_id,)):
+                self._r3_admit(request_id, scheduler_output, step)
         return scheduler_output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Store the step's rows, let vLLM process its tokens, then send rows that are due."""
-        with self.r3_journal.guard("storing a step"):
-            step = self._r3_steps.popleft()
-            if scheduler_output.total_num_scheduled_tokens:
-                self._r3_store_step(getattr(model_runner_output, STEP_ROWS_ATTRIBUTE, None))
-            self.r3_store.resolve(step.pending_hits)
+        step = self._r3_steps.popleft()
+        if scheduler_output.total_num_scheduled_tokens:
+            with self._r3_guard("storing a step", scheduler_output.num_scheduled_tokens):
+                rows = getattr(model_runner_output, STEP_ROWS_ATTRIBUTE, None)
+                self._r3_store_step(rows, scheduler_output)
+        if step.pending_hits:
+            concerned = {hit.request_id for hit in step.pending_hits}
+            with self._r3_guard("resolving prefix-cache hits", concerned):
+                self.r3_store.resolve(step.pending_hits)
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
-        with self.r3_journal.guard("settling draft tokens"):
-            self._r3_settle(scheduler_output)
-        with self.r3_journal.guard("sending rows"):
+        for request_id in scheduler_output.scheduled_spec_decode_tokens:
+            with self._r3_guard("settling draft tokens", (request_id,)):
+                self._r3_settle(request_id)
+        with self.r3_journal.guard("sending rows", lambda: self._r3_withdraw(outputs)):
             self._r3_send(outputs)
+        with self.r3_journal.guard("sending metrics"):
+            metrics.send(outputs, self.r3_journal, self.r3_store.nbytes)
         return outputs
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         """Reset; rows kept for prefix-cache hits belong to the old cache."""
         done = super().reset_prefix_cache(*args, **kwargs)  # type: ignore[misc]
         if done:
-            with self.r3_journal.guard("resetting the prefix cache"):
+            # Rows of the old cache must not outlive it, whatever happens.
+            with self.r3_journal.guard("resetting the prefix cache", self._r3_start_over):
                 self.r3_store.start_generation()
         return bool(done)
 
@@ -124,15 +142,15 @@ class RoutingScheduler:
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
-        with self.r3_journal.guard("preempting a request"):
+        with self._r3_guard("preempting a request", (request.request_id,)):
             self._r3_restarted.add(request.request_id)
             self._r3_note_dropped_output(request)
 
     def _handle_stopped_request(self, request: Any) -> bool:
-        with self.r3_journal.guard("collecting the rows of a request"):
+        with self._r3_guard("collecting the rows of a request", (request.request_id,)):
             self._r3_collect(request)
         finished = super()._handle_stopped_request(request)  # type: ignore[misc]
-        with self.r3_journal.guard("continuing a session"):
+        with self._r3_guard("continuing a session", (request.request_id,)):
             if not finished:
                 self._r3_restarted.add(request.request_id)
                 self._r3_note_dropped_output(request)
@@ -154,8 +172,8 @@ class RoutingScheduler:
         Rows that have been sent are left out unless ``from_start``.
         """
         found: dict[str, tuple[int, np.ndarray[Any, Any]]] = {}
-        with self.r3_journal.guard("collecting the rows of aborted requests"):
-            for request_id in request_ids:
+        for request_id in request_ids:
+            with self._r3_guard("collecting the rows of an aborted request", (request_id,)):
                 tracked = self._r3_tracked.get(request_id)
                 if tracked is None or not tracked.request.num_output_tokens:
                     continue
@@ -181,13 +199,9 @@ class RoutingScheduler:
 
     # --- following requests ------------------------------------------------------------------
 
-    def _r3_admit(self, scheduler_output: Any, step: Step) -> None:
-        for new in scheduler_output.scheduled_new_reqs:
-            self._r3_admit_request(new.req_id, scheduler_output, step)
-        for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
-            self._r3_admit_request(request_id, scheduler_output, step)
-
-    def _r3_admit_request(self, request_id: str, scheduler_output: Any, step: Step) -> None:
+    def _r3_admit(self, request_id: str, scheduler_output: Any, step: Step) -> None:
+        if request_id in self._r3_given_up:
+            return
         request = self.requests[request_id]
         start = request.num_computed_tokens - scheduler_output.num_scheduled_tokens[request_id]
         tracked = self._r3_tracked.get(request_id)
@@ -204,13 +218,39 @@ class RoutingScheduler:
             request_id, start, request.block_hashes, tracked.kept
         )
 
+    def _r3_guard(self, place: str, concerned: Iterable[str]) -> Guard:
+        """A guard after whose exception the routing of the requests concerned is unrecorded."""
+        return self.r3_journal.guard(place, lambda: self._r3_give_up(concerned))
+
+    def _r3_give_up(self, request_ids: Iterable[str]) -> None:
+        """Forget all rows of requests, for good: nobody knows how far the work on them got."""
+        self._r3_given_up.update(request_ids)
+        try:
+            self.r3_store.repair(request_ids)
+        except Exception:
+            self._r3_start_over()
+            raise
+
+    def _r3_start_over(self) -> None:
+        """Give up all requests under way, and what is kept for prefix-cache hits."""
+        self._r3_given_up.update(self._r3_tracked)
+        # Without memory for another store there is none: requests are given up until there is.
+        vars(self).pop("r3_store", None)
+        self.r3_store = _build_store(self, self._r3_bounds)
+
     def _r3_note_dropped_output(self, request: Any) -> None:
         if request.drop_stale_output and request.num_stale_output_tokens:
             self._r3_dropping.add(request.request_id)
 
-    def _r3_store_step(self, rows: StepRows | None) -> None:
+    def _r3_store_step(self, rows: StepRows | None, scheduler_output: Any) -> None:
         if rows is None:
             self.r3_journal.note("STEP_LOST", "a step came back without its routing")
+            return
+        for event, number in rows.events.items():
+            self.r3_journal.count(event, number)
+        misfit = rows.misfit(self.r3_layout, self._r3_bounds.request_tokens, scheduler_output)
+        if misfit is not None:
+            self.r3_journal.note("MISFIT", f"a step's rows are not used: they hold {misfit}")
             return
         request_ids = rows.request_ids
         if self._r3_dropping:
@@ -218,6 +258,8 @@ class RoutingScheduler:
         store = self.r3_store
         dropped = store.rows_dropped
         store.write(request_ids, rows.num_tokens, rows.positions, rows.ids, rows.status)
+        if rows.status == RowStatus.RECORDED:
+            self.r3_journal.count(metrics.ROWS_CAPTURED, len(rows.positions))
         if store.rows_dropped > dropped:
             self.r3_journal.note(
                 "STORE_FULL",
@@ -236,20 +278,33 @@ class RoutingScheduler:
         self._r3_dropping.discard(request_id)
         return False
 
-    def _r3_settle(self, scheduler_output: Any) -> None:
-        for request_id in scheduler_output.scheduled_spec_decode_tokens:
-            request = self.requests.get(request_id)
-            if request is not None:
-                self.r3_store.settle(request_id, request.num_tokens - 1)
+    def _r3_settle(self, request_id: str) -> None:
+        request = self.requests.get(request_id)
+        if request is not None:
+            self.r3_store.settle(request_id, request.num_tokens - 1)
 
     def _r3_release_retired(self) -> None:
         oldest = self._r3_steps[0].number if self._r3_steps else self._r3_step_number + 1
         while self._r3_retired and self._r3_retired[0][0] < oldest:
             _, request_id = self._r3_retired.popleft()
-            self.r3_store.release(request_id)
+            with self._r3_guard("releasing a request", (request_id,)):
+                self._r3_count_served(request_id)
+                self.r3_store.release(request_id)
             self._r3_tracked.pop(request_id, None)
-            for members in (self._r3_riding, self._r3_dropping, self._r3_restarted):
+            for members in (
+                self._r3_riding,
+                self._r3_dropping,
+                self._r3_restarted,
+                self._r3_given_up,
+            ):
                 members.discard(request_id)
+
+    def _r3_count_served(self, request_id: str) -> None:
+        tracked = self._r3_tracked.get(request_id)
+        if request_id in self._r3_given_up or (tracked is not None and tracked.incomplete):
+            self.r3_journal.count(f"{metrics.REQUESTS_SERVED}unrecorded")
+        elif tracked is not None and tracked.sent > tracked.first_row:
+            self.r3_journal.count(f"{metrics.REQUESTS_SERVED}complete")
 
     # --- sending rows ------------------------------------------------------------------------
 
@@ -269,14 +324,24 @@ class RoutingScheduler:
                 request_id = output.request_id
                 rows = self._r3_outgoing.pop(request_id, None)
                 if rows is None and request_id in self._r3_riding and output.new_token_ids:
-                    rows = self._r3_take(self._r3_tracked[request_id])
+                    # Should the part fail, the earlier ones are void as well.
+                    rows = withdrawal(self.r3_layout)
+                    with self._r3_guard("sending rows along", (request_id,)):
+                        rows = self._r3_take(self._r3_tracked[request_id])
                 output.routed_experts = rows
         self._r3_outgoing.clear()
+
+    def _r3_withdraw(self, outputs: dict[int, Any]) -> None:
+        self._r3_outgoing.clear()
+        for core_outputs in outputs.values():
+            for output in core_outputs.outputs:
+                riding = output.request_id in self._r3_riding
+                output.routed_experts = withdrawal(self.r3_layout) if riding else None
 
     def _r3_take(self, tracked: TrackedRequest) -> np.ndarray[Any, Any] | None:
         """Rows due since the last call, as vLLM's native array, or None if one is unrecorded."""
         request = tracked.request
-        layout = self.r3_store.layout
+        layout = self.r3_layout
         start, stop = tracked.sent, request.num_tokens - 1
         if tracked.incomplete or stop < start:
             return None
@@ -285,6 +350,9 @@ class RoutingScheduler:
         if not status.any():
             return to_vllm_native(RoutedExperts.trusted(ids, layout, start, status, ()))
         tracked.incomplete = True
+        for value, number in enumerate(np.bincount(status).tolist()):
+            if value != RowStatus.RECORDED and number:
+                self.r3_journal.count(metrics.ROWS_UNRECORDED + RowStatus(value).name, number)
         first = int(np.flatnonzero(status)[0])
         reason = RowStatus(int(status[first])).name
         self.r3_journal.note(
@@ -305,26 +373,21 @@ def withdrawal(layout: RoutingLayout) -> np.ndarray[Any, Any]:
     return np.empty((0, layout.num_hidden_layers, layout.top_k), np.float16)
 
 
-def _build_store(scheduler: Any, layout: RoutingLayout) -> PageStore:
-    config = scheduler.vllm_config
-    page_size = scheduler.hash_block_size
-    page_bytes = page_size * layout.row_nbytes
-    cached_tokens = config.cache_config.num_gpu_blocks * config.cache_config.block_size
-    cached_pages = -(-cached_tokens // page_size)
-    max_bytes = R3Options.of(config).max_bytes
-    if max_bytes is None:
-        pages_of_request = -(-scheduler.max_model_len // page_size)
-        max_pages = cached_pages + scheduler.max_num_running_reqs * pages_of_request
-    else:
-        max_pages = max_bytes // page_bytes
-    return PageStore(
-        layout,
-        page_size,
-        scheduler.max_model_len,
-        cached_pages,
-        max_pages,
-        scheduler.r3_serves_hits,
-    )
+def _build_store(scheduler: Any, bounds: MemoryBounds) -> PageStore:
+    try:
+        return PageStore(
+            bounds.layout,
+            bounds.page_size,
+            scheduler.max_model_len,
+            bounds.cached_pages,
+            bounds.max_pages,
+            scheduler.r3_serves_hits,
+        )
+    except MemoryError as error:
+        raise MemoryError(
+            f"the system refuses host memory for routing rows ({error}), expected up to "
+            f'{bounds.host_nbytes:,} bytes: set max_bytes in additional_config["r3"] to less.'
+        ) from error
 
 
 def routing_scheduler(base: type, layout: RoutingLayout, **kwargs: Any) -> Any:

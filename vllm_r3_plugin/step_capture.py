@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -126,11 +127,15 @@ class StepCapture:
         if not num_tokens or kwargs.get("dummy_run"):
             return self._execute_model(scheduler_output, *args, **kwargs)
         self._step += 1
-        if self._capturer is not None:
-            with self._journal.guard("preparing a capture"):
+        armed = False
+        with self._journal.guard("preparing a capture"):
+            if self._capturer is not None:
                 self._capturer.arm(num_tokens)
+            armed = True
         output = self._execute_model(scheduler_output, *args, **kwargs)
-        with self._journal.guard("taking a snapshot"):
+        with self._journal.guard("taking a snapshot", self._report_failure):
+            if not armed:  # stale ids would pass for those of this step
+                raise RuntimeError("the capture was not prepared")
             self._take_snapshot(num_tokens)
         return self._send(output)
 
@@ -148,6 +153,11 @@ class StepCapture:
             self._pending = PendingRows(batch, own, self._step, receiver)
         elif own is not None and isinstance(self._link, StageSender):
             self._link.send(self._step, own.finish)
+
+    def _report_failure(self) -> None:
+        """Spare the last stage the wait for rows that this one will not send."""
+        if isinstance(self._link, StageSender):
+            self._link.send(self._step, lambda: None)
 
     def _send(self, output: Any) -> Any:
         """Let ``output`` carry the pending rows, if it is the output of the step."""
@@ -173,7 +183,8 @@ class StepCapture:
     def _attach(self, output: Any, pending: PendingRows) -> None:
         with self._journal.guard("sending a step's rows"):
             if output.req_ids:  # the empty output is one object shared by all steps
-                attach_rows(output, pending.finish())
+                rows = pending.finish()
+                attach_rows(output, replace(rows, events=self._journal.take_new()))
 
 
 def recorded_event(device: torch.device) -> torch.Event | None:

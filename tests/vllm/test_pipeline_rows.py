@@ -83,14 +83,15 @@ def test_a_silent_stage_is_waited_for_once_and_may_come_back(link):
     assert receiver._patience == pipeline_rows.PATIENCE_S
 
 
-def test_an_error_in_a_stage_is_noted_and_the_thread_lives_on(link):
+def test_an_error_in_a_stage_costs_its_step_alone_and_no_wait(link):
     receiver, (first, second) = link
 
     def fails() -> np.ndarray:
         raise RuntimeError("out of pinned memory")
 
-    first.send(1, fails)
-    first.send(2, lambda: rows(2, 0))
-    second.send(2, lambda: rows(2, 2, layers=3))
+    for step in (1, 2):
+        first.send(step, fails if step == 1 else lambda: rows(2, 0))
+        second.send(step, lambda step=step: rows(step, 2, layers=3))
+    assert receiver.take(1, 5) is None
     np.testing.assert_array_equal(receiver.take(2, 5)[0], rows(2, 0))
-    assert first._journal.counts == {"error while sending a stage's rows: RuntimeError": 1}
+    assert first._journal.counts == {"error while finishing a stage's rows: RuntimeError": 1}

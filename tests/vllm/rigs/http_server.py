@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,15 +34,17 @@ def serve_command(model: Path | str, port: int) -> list[str]:
 
 
 @contextmanager
-def serving(model: Path, log_path: Path) -> Iterator[str]:
+def serving(
+    model: Path, log_path: Path, *options: str, env: Mapping[str, str] | None = None
+) -> Iterator[str]:
     """Start a server, wait until it is healthy, yield its base URL, stop it."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with open(log_path, "w") as log:
         process = subprocess.Popen(
-            serve_command(model, port),
+            [*serve_command(model, port), *options],
             cwd=REPOSITORY,
-            env=engine_environment(),
+            env=engine_environment(env),
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
