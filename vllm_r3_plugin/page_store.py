@@ -7,16 +7,10 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Integer, UInt, UInt8
+from jaxtyping import Int, Integer
 
 from shared_schema import RoutingLayout, RowStatus
-
-_NOWHERE = 0
-"""Page 0 takes the rows that nobody wants, so that a write needs no mask; slot 0 owns only it."""
-
-
-Rows = tuple[UInt[np.ndarray, "T L k"], UInt8[np.ndarray, " T"]]
-"""Ids, and the status of each row."""
+from vllm_r3_plugin.frozen_rows import NOWHERE, FrozenRows, Rows
 
 
 class PendingHit(NamedTuple):
@@ -44,6 +38,10 @@ class PageStore:
     Full pages are published under the key of their KV block. A request admitted with a prefix-cache
     hit shares them, which pins them; pages that no request refers to are kept until room is
     needed, least recently used first.
+
+    Rows that are pinned stay after their request has ended, until they are unpinned. Their pages
+    are kept in addition to ``cached_pages`` and ``max_pages``. One thread calls the store; any may
+    call :meth:`read_frozen` for rows that are pinned.
 
     A request that is admitted again, after a preemption, keeps the rows of the tokens it has
     emitted; its tokens are fed again all the same, and those rows serve later hits.
@@ -79,6 +77,8 @@ class PageStore:
         self._pool = np.empty((pages, page_size, *row), layout.dtype)
         self._status = np.empty((pages, page_size), np.uint8)
         self._references = np.zeros(pages, np.int32)
+        self._pins = np.zeros(pages, np.int32)
+        self._num_pinned_pages = 0
         self._free_pages: list[int] = []
         self._next_page = 1
         self._page_of_key: dict[Hashable, int] = {}
@@ -93,7 +93,8 @@ class PageStore:
         self._last_slots = np.zeros(0, np.int64)
         self._table = np.zeros((slots, width), np.int32)
         self._floor = np.zeros(slots, np.int64)
-        self._floor[0] = np.iinfo(np.int64).max
+        self._writable_from = np.zeros(slots, np.int64)
+        self._writable_from[0] = np.iinfo(np.int64).max
         self._request_of = [""] * slots
         self._keys: list[Sequence[Hashable]] = [()] * slots
         self._slot_generation = np.zeros(slots, np.int64)
@@ -134,7 +135,7 @@ class PageStore:
         self._truncate(slot, 0)
         self._keys[slot] = keys
         self._slot_generation[slot] = self._generation
-        self._floor[slot] = start
+        self._floor[slot] = self._writable_from[slot] = start
         num_hits = min(-(-start // self.page_size), len(keys))
         hits = [PendingHit(request_id, index, keys[index]) for index in range(num_hits)]
         return [hit for hit in hits if not self._attach(hit)]
@@ -154,16 +155,16 @@ class PageStore:
     ) -> None:
         """Store one step: ``num_tokens[i]`` rows of ``request_ids[i]`` at ``positions``.
 
-        Rows of unknown requests and rows below a request's floor go nowhere.
+        Rows of unknown requests, below a request's floor or at frozen positions go nowhere.
         """
         slots = self._slots_of(request_ids)
         if len(positions) != len(slots):
             slots = np.repeat(slots, num_tokens)
         page_index = positions // self.page_size
         offset = positions - page_index * self.page_size
-        wanted = positions >= self._floor[slots]
+        wanted = positions >= self._writable_from[slots]
         pages = self._table[slots, page_index]
-        missing = (wanted & (pages == _NOWHERE)).nonzero()[0]
+        missing = (wanted & (pages == NOWHERE)).nonzero()[0]
         if len(missing):
             pages[missing] = self._new_pages_at(slots[missing], page_index[missing])
         pages *= wanted
@@ -191,30 +192,37 @@ class PageStore:
 
         Rows of an unknown request, such as one given up after an error, are ``CAPTURE_FAILED``.
         """
+        return self.read_frozen(self._rows_of(request_id, start, stop), start, stop)
+
+    def freeze(self, request_id: str, start: int, stop: int) -> FrozenRows:
+        """Let no later step change the rows at positions ``start`` … ``stop - 1``."""
         slot = self._slot_of[request_id]
-        size = self.page_size
-        first = start // size
-        pages = self._table[slot, first : -(-stop // size)]
-        rows = slice(start - first * size, stop - first * size)
-        status = self._status[pages]
-        status[pages == _NOWHERE] = RowStatus.STEP_LOST
-        flat_status = status.reshape(-1)[rows]
-        hits = flat_status[: max(0, int(self._floor[slot]) - start)]
-        hits[hits == RowStatus.STEP_LOST] = RowStatus.EVICTED
-        if not slot:
-            flat_status[:] = RowStatus.CAPTURE_FAILED
-        ids = self._pool[pages].reshape(-1, *self._pool.shape[2:])[rows]
-        kept = self._kept[slot]
-        if kept is not None:
-            num_kept = max(0, min(stop, len(kept[1])) - start)
-            ids[:num_kept] = kept[0][start : start + num_kept]
-            flat_status[:num_kept] = kept[1][start : start + num_kept]
-        if ids.size and self.layout.num_experts <= ids.max():
-            beyond = (ids >= self.layout.num_experts).any((1, 2))
-            flat_status[beyond & (flat_status == RowStatus.RECORDED)] = RowStatus.INVALID
-        if flat_status.any():
-            ids[flat_status != RowStatus.RECORDED] = self.layout.fill_id
-        return ids, flat_status
+        self._writable_from[slot] = max(self._writable_from[slot], stop)
+        return self._rows_of(request_id, start, stop)
+
+    def pin(self, rows: FrozenRows) -> None:
+        """Keep the pages of ``rows``, until :meth:`unpin` has been called as often as this."""
+        pages = rows.pages[rows.pages != NOWHERE]
+        self._references[pages] += 1
+        self._pins[pages] += 1
+        self._num_pinned_pages += len(pages)
+
+    def unpin(self, rows: FrozenRows) -> None:
+        """Undo one :meth:`pin`."""
+        pages = rows.pages[rows.pages != NOWHERE]
+        self._pins[pages] -= 1
+        self._num_pinned_pages -= len(pages)
+        self._drop_references(pages)
+
+    def nbytes_of(self, rows: FrozenRows) -> int:
+        """Bytes of the pages of ``rows``, and of what is kept beside them."""
+        page = self.page_size * self.layout.row_nbytes
+        kept = 0 if rows.kept is None else rows.kept[0].nbytes
+        return len(rows.pages) * page + kept
+
+    def read_frozen(self, rows: FrozenRows, start: int, stop: int) -> Rows:
+        """Copies of the rows at positions ``start`` … ``stop - 1``, all of them among ``rows``."""
+        return rows.read(start, stop, self._pool, self._status, self.layout)
 
     def release(self, request_id: str) -> None:
         """End a request; its published pages stay for later hits."""
@@ -245,12 +253,13 @@ class PageStore:
         self._last_batch = ()
         unused = np.ones(len(self._floor), bool)
         unused[[0, *self._slot_of.values()]] = False
-        self._table[unused] = _NOWHERE
+        self._table[unused] = NOWHERE
         self._free_slots = np.flatnonzero(unused)[::-1].tolist()
         for slot in self._free_slots:
             self._keys[slot], self._kept[slot] = (), None
         self._references[:] = np.bincount(self._table.ravel(), minlength=len(self._references))
-        self._references[_NOWHERE] = 0
+        self._references += self._pins
+        self._references[NOWHERE] = 0
         self._key_of_page = {page: key for key, page in self._page_of_key.items()}
         pages = np.flatnonzero(self._references[: self._next_page] == 0)[1:].tolist()
         published = [page for page in pages if page in self._key_of_page]
@@ -260,13 +269,19 @@ class PageStore:
         self._unreferenced = OrderedDict.fromkeys(published)
         self._free_pages = [page for page in pages if page not in self._key_of_page]
 
+    def _rows_of(self, request_id: str, start: int, stop: int) -> FrozenRows:
+        slot, size = self._slot_of[request_id], self.page_size
+        pages = self._table[slot, start // size : -(-stop // size)].copy()
+        missing = RowStatus.STEP_LOST if slot else RowStatus.CAPTURE_FAILED
+        return FrozenRows(start, stop, pages, int(self._floor[slot]), self._kept[slot], missing)
+
     def _new_slot(self, request_id: str) -> int:
         if not self._free_slots:
             count = len(self._floor)
             # All of them or none: memory may be refused.
             doubled = {
                 name: np.concatenate([old, np.zeros_like(old)])
-                for name in ("_table", "_floor", "_slot_generation")
+                for name in ("_table", "_floor", "_writable_from", "_slot_generation")
                 for old in [getattr(self, name)]
             }
             vars(self).update(doubled)
@@ -313,44 +328,44 @@ class PageStore:
         while len(found) < count:
             found.append(self._find_page())
         pages = np.array(found, np.int64)
-        taken = pages[pages != _NOWHERE]
+        taken = pages[pages != NOWHERE]
         self._status[taken] = RowStatus.STEP_LOST
         self._references[taken] = 1
         return pages
 
     def _find_page(self) -> int:
         """A page beyond those kept for hits, the least recently used of which is given up, or 0."""
-        if self._unreferenced:
+        if self._unreferenced and self._next_page > self._soft_limit + self._num_pinned_pages:
             page, _ = self._unreferenced.popitem(last=False)
             del self._page_of_key[self._key_of_page.pop(page)]
             return page
-        if self._next_page > self._max_pages:
-            return _NOWHERE
+        if self._next_page > self._max_pages + self._num_pinned_pages:
+            return NOWHERE
         page = self._next_page
         if page == len(self._pool):
             try:
                 self._grow()
             except MemoryError:
                 self._max_pages = page - 1
-                return _NOWHERE
+                return NOWHERE
         self._next_page += 1
         return page
 
     def _grow(self) -> None:
-        pages = min(2 * len(self._pool), 1 + self._max_pages)
+        pages = min(2 * len(self._pool), 1 + self._max_pages + self._num_pinned_pages)
         # All of them or none: memory may be refused.
         grown = {}
-        for name in ("_pool", "_status", "_references"):
+        for name in ("_pool", "_status", "_references", "_pins"):
             old = getattr(self, name)
-            grown[name] = np.empty((pages, *old.shape[1:]), old.dtype)
+            grown[name] = np.zeros((pages, *old.shape[1:]), old.dtype)
             grown[name][: len(old)] = old
         vars(self).update(grown)
 
     def _attach(self, hit: PendingHit) -> bool:
         """Share a published page, or copy its rows below the floor; False if there is none."""
         slot = self._slot_of[hit.request_id]
-        source = self._page_of_key.get(hit.key, _NOWHERE)
-        if source == _NOWHERE or not slot:
+        source = self._page_of_key.get(hit.key, NOWHERE)
+        if source == NOWHERE or not slot:
             return False
         num_rows = int(self._floor[slot]) - hit.page_index * self.page_size
         if num_rows <= 0:  # admitted again since, without this hit
@@ -372,7 +387,7 @@ class PageStore:
         """Publish pages that their request fed completely in the current generation."""
         pages = self._table[slots, page_index]
         complete = (
-            (pages != _NOWHERE)
+            (pages != NOWHERE)
             & (page_index * self.page_size >= self._floor[slots])
             & (self._slot_generation[slots] == self._generation)
             & ~self._status[pages].any(1)
@@ -408,13 +423,14 @@ class PageStore:
             if page not in self._key_of_page:
                 self._status[page, offset:] = RowStatus.STEP_LOST
             index += 1
-        for column in (index + np.flatnonzero(row[index:])).tolist():
-            self._drop_reference(int(row[column]))
-            row[column] = _NOWHERE
+        columns = index + np.flatnonzero(row[index:])
+        self._drop_references(row[columns])
+        row[columns] = NOWHERE
 
-    def _drop_reference(self, page: int) -> None:
-        self._references[page] -= 1
-        if self._references[page] == 0:
+    def _drop_references(self, pages: Int[np.ndarray, " n"]) -> None:
+        """Take one reference from each of ``pages``, all of them different."""
+        self._references[pages] -= 1
+        for page in pages[self._references[pages] == 0].tolist():
             if page in self._key_of_page:
                 self._unreferenced[page] = None
             else:
