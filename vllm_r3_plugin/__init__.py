@@ -22,5 +22,7 @@ def register() -> None:
         install()
     except Exception as error:
         logging.getLogger("vllm.moe_r3").warning(
-            "moe-r3 is not active, vLLM runs without it: %s: %s", type(error).__name__, error
+            "moe-r3 is not active, --enable-return-routed-experts is left to vLLM itself: %s: %s",
+            type(error).__name__,
+            error,
         )

@@ -378,7 +378,7 @@ def _build_store(scheduler: Any, bounds: MemoryBounds) -> PageStore:
         return PageStore(
             bounds.layout,
             bounds.page_size,
-            scheduler.max_model_len,
+            bounds.request_tokens,
             bounds.cached_pages,
             bounds.max_pages,
             scheduler.r3_serves_hits,

@@ -25,6 +25,7 @@ class RoutingCaptureWorker:
     vllm_config: Any
     model_runner: Any
     _r3_capturer: RoutingCapturer | None = None
+    _r3_journal: Journal
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load, then listen to the routers: before any graph is captured or compiled."""
@@ -32,7 +33,7 @@ class RoutingCaptureWorker:
 
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         R3Options.of(self.vllm_config).require_version(PLUGIN_VERSION, socket.gethostname())
-        journal = Journal()
+        journal = self._r3_journal = Journal()
         config = self.vllm_config.model_config
         sources = self._r3_sources()
         num_experts = config.get_num_experts()
@@ -56,8 +57,10 @@ class RoutingCaptureWorker:
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         """Reload, then listen again: kernels may have been rebuilt."""
         super().reload_weights(*args, **kwargs)  # type: ignore[misc]
-        if self._r3_capturer is not None:
-            self._r3_capturer.bind(self._r3_sources())
+        # Routers that are not heard any more show, step by step.
+        with self._r3_journal.guard("listening to the routers after a reload"):
+            if self._r3_capturer is not None:
+                self._r3_capturer.bind(self._r3_sources())
 
     def moe_r3_report(self) -> dict[str, Any]:
         """What the engine core asks every worker at start-up."""

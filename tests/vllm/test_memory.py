@@ -1,11 +1,14 @@
 """Memory for routing is what the formula says, and the formula is said at start-up."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from shared_schema import RoutingLayout
 from vllm_r3_plugin.capturer import RoutingCapturer
 from vllm_r3_plugin.memory import MemoryBounds
+from vllm_r3_plugin.scheduler import RoutingScheduler, _build_store
 
 QWEN3_30B = RoutingLayout(128, 8, tuple(range(48)), 48)
 
@@ -38,3 +41,10 @@ def test_the_formula_is_said_with_its_numbers():
         "tokens, 384 bytes each)"
     )
     assert str(bounds(max_bytes=10_000_000)).endswith("touched only where used (max_bytes)")
+
+
+def test_a_store_for_which_there_is_no_memory_is_refused_in_one_sentence():
+    scheduler = object.__new__(RoutingScheduler)
+    too_large = replace(bounds(), cached_tokens=1 << 50)
+    with pytest.raises(MemoryError, match=r"refuses host memory .* expected up to .* max_bytes"):
+        _build_store(scheduler, too_large)

@@ -87,6 +87,31 @@ def test_register_does_not_raise_when_it_cannot_install(monkeypatch, caplog):
     assert "no seam today" in caplog.text
 
 
+def test_where_it_cannot_install_vllm_treats_the_flag_as_it_does_by_itself(engine_args, tmp_path):
+    engine_args()
+    code = f"""
+import vllm_r3_plugin.engine_config as engine_config
+def install():
+    raise RuntimeError("no seam today")
+engine_config.install = install
+from vllm.engine.arg_utils import EngineArgs
+given = dict(model={str(tmp_path)!r}, skip_tokenizer_init=True, enforce_eager=True)
+config = EngineArgs(**given).create_engine_config()
+assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+EngineArgs(enable_return_routed_experts=True, **given).create_engine_config()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
+    )
+    said = done.stdout + done.stderr
+    assert said.count("moe-r3 is not active") == 1
+    assert "RuntimeError: no seam today" in said
+    assert (
+        "AuxOutput Connector requires Model Runner V2"
+        in said.splitlines()[-2] + said.splitlines()[-1]
+    )
+
+
 def test_with_the_flag_off_the_configuration_is_vllms_own(engine_args):
     config = engine_args().create_engine_config()
     assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
