@@ -69,6 +69,7 @@ class PageStore:
         self._serves_hits = serves_hits
         self.layout = layout
         self.page_size = page_size
+        self.rows_written = 0
         self.rows_dropped = 0
         self._soft_limit = max(1, min(cached_pages, max_pages))
         self._max_pages = max(1, max_pages)
@@ -168,6 +169,7 @@ class PageStore:
         if len(missing):
             pages[missing] = self._new_pages_at(slots[missing], page_index[missing])
         pages *= wanted
+        self.rows_written += int(np.count_nonzero(pages))
         self._pool[pages, offset] = ids
         self._status[pages, offset] = status
         last = (offset == self.page_size - 1).nonzero()[0]

@@ -256,10 +256,10 @@ class RoutingScheduler:
         if self._r3_dropping:
             request_ids = [r if not self._r3_is_dropped(r) else "" for r in request_ids]
         store = self.r3_store
-        dropped = store.rows_dropped
+        dropped, written = store.rows_dropped, store.rows_written
         store.write(request_ids, rows.num_tokens, rows.positions, rows.ids, rows.status)
         if rows.status == RowStatus.RECORDED:
-            self.r3_journal.count(metrics.ROWS_CAPTURED, len(rows.positions))
+            self.r3_journal.count(metrics.ROWS_CAPTURED, store.rows_written - written)
         if store.rows_dropped > dropped:
             self.r3_journal.note(
                 "STORE_FULL",

@@ -318,6 +318,15 @@ def test_a_full_store_drops_new_rows_and_says_how_many():
     assert tags(store, "b", 0, 8) == [2] * 8
 
 
+def test_only_rows_that_a_request_keeps_are_counted():
+    store = make_store(cached_pages=2, max_pages=2)
+    store.admit("a", 2, [])
+    feed(store, ("a", 1, 0, 6), ("unknown", 2, 0, 3))
+    assert store.rows_written == 4
+    feed(store, ("a", 1, 6, 10))
+    assert (store.rows_written, store.rows_dropped) == (6, 2)
+
+
 def test_live_requests_may_exceed_what_is_kept_for_hits():
     store = make_store(cached_pages=1, max_pages=16)
     for request in "abcd":
