@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from shared_schema import RoutingLayout
+from vllm_r3_plugin.forward_layout import ForwardLayout
 from vllm_r3_plugin.journal import logger
 
 CaptureFn = Callable[[torch.Tensor], None]
@@ -28,11 +29,18 @@ class LayerCapture:
 
     It is traced by Dynamo on CPU and recorded in CUDA graphs elsewhere, so it holds no state but
     the buffer, and is not run where the graph is: there only tracing and recording can fail, at
-    start-up. ``then`` is the callback that was bound before, if any.
+    start-up. ``layout`` finds the step's tokens where a router may see others; ``then`` is the
+    callback that was bound before, if any.
     """
 
-    def __init__(self, column: torch.Tensor, then: CaptureFn | None) -> None:
+    def __init__(
+        self,
+        column: torch.Tensor,
+        layout: ForwardLayout | None = None,
+        then: CaptureFn | None = None,
+    ) -> None:
         self.column = column
+        self.layout = layout
         self.then = then
 
     def __call__(self, topk_ids: torch.Tensor) -> None:
@@ -50,7 +58,11 @@ class LayerCapture:
         if topk_ids.shape[1] < top_k:  # one column would be broadcast
             raise ValueError(f"a router chose {topk_ids.shape[1]} experts, expected {top_k}")
         # Fused shared experts follow the routed ones as further columns.
-        self.column[: topk_ids.shape[0]] = topk_ids[:, :top_k]
+        ids = topk_ids[:, :top_k]
+        if self.layout is None:
+            self.column[: ids.shape[0]] = ids
+        else:
+            self.layout.write_own_rows(self.column, ids)
 
 
 def capture_dtype(num_experts: int, top_k: int) -> np.dtype[Any]:
@@ -70,12 +82,24 @@ class RoutingCapturer:
         layout: the model's layers that route.
         max_tokens: rows of the largest step.
         device: where the routers run.
+        forward_layout: where a router may see other rows than the step's.
+        in_parts: whether a router may run several times in a step, each time on some of its tokens.
 
     """
 
-    def __init__(self, layout: RoutingLayout, max_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: RoutingLayout,
+        max_tokens: int,
+        device: torch.device,
+        forward_layout: ForwardLayout | None = None,
+        in_parts: bool = False,
+    ) -> None:
         self.layout = layout
         self.device = device
+        self._forward_layout = forward_layout
+        # A router that writes all rows at once has written the last one.
+        self._marked = slice(None) if in_parts else slice(-1, None)
         self._dtype = capture_dtype(layout.num_experts, layout.top_k)
         self._fill = int(np.iinfo(self._dtype).max)
         # torch computes little in uint16; the same bits in int16 copy everywhere.
@@ -89,13 +113,13 @@ class RoutingCapturer:
         """Listen to every router; what listened before still hears it. May be called again."""
         for source in sources:
             column = self._buffer[:, self.layout.moe_layers.index(source.layer)]
-            source.attach(LayerCapture(column, None))
+            source.attach(LayerCapture(column, self._forward_layout))
 
     def arm(self, num_tokens: int) -> None:
-        """Before a forward over ``num_tokens``: mark the last row, until a router writes it."""
+        """Before a forward over ``num_tokens``: mark rows, until a router writes them."""
         # numpy where it can: between two forwards a torch operation costs ten times as much.
         buffer = self._buffer if self._host_buffer is None else self._host_buffer
-        buffer[num_tokens - 1] = self._torch_fill
+        buffer[:num_tokens][self._marked] = self._torch_fill
 
     def copy_rows(self, num_tokens: int) -> np.ndarray[Any, Any]:
         """``[N, L, k]`` ids of the step; on an accelerator the copy is ordered, not awaited."""
@@ -105,10 +129,10 @@ class RoutingCapturer:
     def unreported_layers(self, ids: np.ndarray[Any, Any]) -> list[int]:
         """Decoder layers whose router did not report for the whole step.
 
-        ``ids`` are those of :meth:`copy_rows`, once they have arrived. A router writes the rows of
-        all tokens at once; where it did not run, or ran on fewer, the last row is as armed.
+        ``ids`` are those of :meth:`copy_rows`, once they have arrived. Where a router did not run,
+        or ran on fewer tokens, marked rows are as armed.
         """
-        unwritten = (ids[-1] == self._fill).all(-1)
+        unwritten = (ids[self._marked] == self._fill).all(-1).any(0)
         return (
             [self.layout.moe_layers[i] for i in unwritten.nonzero()[0]] if unwritten.any() else []
         )

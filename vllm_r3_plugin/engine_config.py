@@ -93,18 +93,11 @@ def _requirements(config: Any) -> Iterator[tuple[bool, str, str, str]]:
         "remove the flag or serve a MoE model",
     )
     for field in (
-        "data_parallel_size",
         "decode_context_parallel_size",
         "prefill_context_parallel_size",
     ):
         size = getattr(parallel, field)
         yield size == 1, f"{field} {size}", "1", "set it to 1 or remove the flag"
-    yield (
-        not parallel.use_ubatching,
-        "dual-batch overlap",
-        "one batch at a time",
-        "switch it off or remove the flag",
-    )
     speculative = config.speculative_config
     yield (
         speculative is None or not speculative.enable_adaptive_verification,

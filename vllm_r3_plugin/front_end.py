@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -100,8 +101,16 @@ async def _fetch_rows(engine: Any, external_ids: list[str]) -> None:
     ids = [i for external in external_ids for i in processor.external_req_ids.get(external, ())]
     if not ids:
         return
-    fetched = await engine.engine_core.call_utility_async("moe_r3_abort", ids)
-    for request_id, (stop, dtype, shape, data) in fetched.items():
+    client = engine.engine_core
+    # Each data-parallel engine core has requests of its own and passes over those of others.
+    answers = await asyncio.gather(
+        *(
+            client._call_utility_async("moe_r3_abort", ids, engine=core)
+            for core in client.core_engines
+        )
+    )
+    fetched = [item for answer in answers for item in answer.items()]
+    for request_id, (stop, dtype, shape, data) in fetched:
         state = processor.request_states.get(request_id)
         num_tokens = state.detokenizer.num_output_tokens() if state is not None else 0
         if num_tokens:

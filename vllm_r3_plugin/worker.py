@@ -11,6 +11,7 @@ from typing import Any
 
 from shared_schema import RoutingLayout
 from vllm_r3_plugin.capturer import RouterSource, RoutingCapturer, capture_dtype, find_routers
+from vllm_r3_plugin.forward_layout import ForwardLayout
 from vllm_r3_plugin.journal import Journal
 from vllm_r3_plugin.options import PLUGIN_VERSION, R3Options
 from vllm_r3_plugin.pipeline_rows import connect_stages
@@ -45,8 +46,14 @@ class RoutingCaptureWorker:
                 moe_layers=tuple(sorted(source.layer for source in sources)),
                 num_hidden_layers=config.get_total_num_hidden_layers(),
             )
-            max_tokens = self.model_runner.max_num_tokens
-            self._r3_capturer = RoutingCapturer(layout, max_tokens, self.model_runner.device)
+            parallel = self.vllm_config.parallel_config
+            self._r3_capturer = RoutingCapturer(
+                layout,
+                self.model_runner.max_num_tokens,
+                self.model_runner.device,
+                ForwardLayout.of(parallel, journal),
+                parallel.use_ubatching,
+            )
             self._r3_capturer.bind(sources)
         link = None
         if self._r3_is_heard:

@@ -257,7 +257,14 @@ def test_a_dense_model_without_the_flag_is_served(engine_args):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"data_parallel_size": 2}, "data_parallel_size 2"),
+        (
+            {
+                "tensor_parallel_size": 2,
+                "decode_context_parallel_size": 2,
+                "hf_overrides": {"num_key_value_heads": 1},
+            },
+            "decode_context_parallel_size 2",
+        ),
     ],
 )
 def test_what_cannot_be_captured_yet_is_refused_by_name(engine_args, given, said):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 
@@ -17,3 +18,55 @@ class PipelineWorker(CPUWorker):
         runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
             batch_size=runner.max_num_tokens, dtype=runner.dtype, device=runner.device
         )
+
+
+class ExpertParallelWorker(CPUWorker):
+    """Makes data and expert parallelism run on CPU.
+
+    vLLM 0.32 sets both up there, but its communicator lacks the two collectives of the dispatch,
+    and its kernel looks up experts of other ranks in this rank's weights.
+    """
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+        CpuCommunicator.all_gatherv = _all_gatherv
+        CpuCommunicator.reduce_scatterv = _reduce_scatterv
+        CPUUnquantizedExperts.apply = _on_own_experts(CPUUnquantizedExperts.apply)
+        super().load_model(*args, **kwargs)
+
+
+def _all_gatherv(self: Any, input_: Any, dim: int = 0, sizes: Any = None) -> Any:
+    """The ranks' tensors one after the other; `sizes` are their lengths."""
+    assert dim == 0
+    if isinstance(input_, list):
+        return [_all_gatherv(self, tensor, dim, sizes) for tensor in input_]
+    sizes = sizes or [len(input_)] * self.world_size
+    padded = input_.new_zeros((max(sizes), *input_.shape[1:]))
+    padded[: len(input_)] = input_
+    parts = [torch.empty_like(padded) for _ in sizes]
+    torch.distributed.all_gather(parts, padded, group=self.device_group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def _reduce_scatterv(self: Any, input_: Any, dim: int = 0, sizes: Any = None) -> Any:
+    """This rank's part of the ranks' sum; `sizes` are the lengths of the parts."""
+    assert dim == 0
+    total = input_.clone()
+    torch.distributed.all_reduce(total, group=self.device_group)
+    sizes = sizes or [len(input_) // self.world_size] * self.world_size
+    return total.split(sizes)[self.rank_in_group].contiguous()
+
+
+def _on_own_experts(apply: Any) -> Any:
+    """The kernel on this rank's experts alone; those of other ranks count nothing."""
+
+    def apply_on_own_experts(self: Any, **kwargs: Any) -> None:
+        if kwargs["expert_map"] is not None:
+            local = kwargs["expert_map"][kwargs["topk_ids"].long()]
+            kwargs["topk_weights"] = kwargs["topk_weights"] * (local >= 0)
+            kwargs["topk_ids"] = local.clamp(min=0).to(kwargs["topk_ids"].dtype)
+        apply(self, **kwargs)
+
+    return apply_on_own_experts
