@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from vllm_r3_plugin import front_end
+
 from .rigs.engine import SETTINGS, workload
 from .rigs.engine_process import run_in_engine_process
 from .rigs.rollouts import Rollout, from_outputs
@@ -24,7 +26,7 @@ async def _last_output(engine: Any, name: str, prompt: list[int], on_output: Any
     return output
 
 
-async def _abort_each(engine: Any, prompts: list[list[int]]) -> list[Any]:
+async def _abort_each(engine: Any, prompts: list[list[int]], prefix: str = "abort") -> list[Any]:
     aborted = set()
 
     async def abort(output: Any) -> None:
@@ -34,8 +36,19 @@ async def _abort_each(engine: Any, prompts: list[list[int]]) -> list[Any]:
             await engine.abort(name)
 
     return await asyncio.gather(
-        *(_last_output(engine, f"abort-{i}", p, abort) for i, p in enumerate(prompts))
+        *(_last_output(engine, f"{prefix}-{i}", p, abort) for i, p in enumerate(prompts))
     )
+
+
+async def _abort_each_without_rows(engine: Any, prompts: list[list[int]]) -> list[Any]:
+    async def fails(*args: Any) -> None:
+        raise RuntimeError("fails on demand")
+
+    fetch, front_end._fetch_rows = front_end._fetch_rows, fails
+    try:
+        return await _abort_each(engine, prompts, "lost")
+    finally:
+        front_end._fetch_rows = fetch
 
 
 async def _pause_all(engine: Any, prompts: list[list[int]]) -> list[Any]:
@@ -68,6 +81,7 @@ async def _scenario(model: Path) -> dict[str, list[Rollout]]:
     try:
         return {
             "aborted": from_outputs(await _abort_each(engine, prompts)),
+            "aborted without rows": from_outputs(await _abort_each_without_rows(engine, prompts)),
             "paused": from_outputs(await _pause_all(engine, prompts)),
             "afterwards": from_outputs(
                 await asyncio.gather(
@@ -95,6 +109,14 @@ def test_a_request_ended_early_returns_the_rows_of_the_tokens_it_returns(
     assert {r.finish_reason for r in rollouts[group]} == {"abort"}
     assert all(ABORT_AFTER_TOKENS <= len(r.output) < 150 for r in rollouts[group])
     assert oracle.agreement(rollouts[group]).differing == 0
+
+
+def test_an_abort_whose_rows_cannot_be_fetched_is_an_abort_all_the_same(
+    rollouts: dict[str, list[Rollout]],
+) -> None:
+    lost = rollouts["aborted without rows"]
+    assert {r.finish_reason for r in lost} == {"abort"}
+    assert all(ABORT_AFTER_TOKENS <= len(r.output) < 150 and r.routed is None for r in lost)
 
 
 def test_the_engine_serves_on_after_aborts_and_a_pause(
