@@ -49,10 +49,11 @@ class MemoryBounds:
 
     @property
     def device_nbytes(self) -> int:
-        """Bytes on the device of a worker that runs all layers: one step's rows, once."""
+        """Bytes on the device of a worker that runs all layers: one step's rows, twice."""
         layout = self.layout
         itemsize = capture_dtype(layout.num_experts, layout.top_k).itemsize
-        return self.step_tokens * layout.num_moe_layers * layout.top_k * itemsize
+        # The capture buffer, and the rows set aside from it on their way to the host.
+        return 2 * self.step_tokens * layout.num_moe_layers * layout.top_k * itemsize
 
     @property
     def cached_pages(self) -> int:
@@ -83,7 +84,7 @@ class MemoryBounds:
             )
         return (
             f"routing takes {self.device_nbytes:,} bytes on each worker's device "
-            f"({self.step_tokens:,} tokens of a step x {layout.num_moe_layers} MoE layers x "
+            f"(2 x {self.step_tokens:,} tokens of a step x {layout.num_moe_layers} MoE layers x "
             f"{layout.top_k} experts) and at most {self.host_nbytes:,} bytes of host memory in the "
             f"engine core, touched only where used ({host})"
         )

@@ -98,7 +98,8 @@ class PageStore:
         self._writable_from[0] = np.iinfo(np.int64).max
         self._request_of = [""] * slots
         self._keys: list[Sequence[Hashable]] = [()] * slots
-        self._slot_generation = np.zeros(slots, np.int64)
+        self._first_own_page = [0] * slots
+        self._slot_generation = [0] * slots
         self._kept: list[Rows | None] = [None] * slots
 
     def __contains__(self, request_id: str) -> bool:
@@ -137,6 +138,7 @@ class PageStore:
         self._keys[slot] = keys
         self._slot_generation[slot] = self._generation
         self._floor[slot] = self._writable_from[slot] = start
+        self._first_own_page[slot] = -(-start // self.page_size)
         num_hits = min(-(-start // self.page_size), len(keys))
         hits = [PendingHit(request_id, index, keys[index]) for index in range(num_hits)]
         return [hit for hit in hits if not self._attach(hit)]
@@ -165,7 +167,7 @@ class PageStore:
         offset = positions - page_index * self.page_size
         wanted = positions >= self._writable_from[slots]
         pages = self._table[slots, page_index]
-        missing = (wanted & (pages == NOWHERE)).nonzero()[0]
+        missing = (wanted > pages).nonzero()[0]  # wanted, and without a page
         if len(missing):
             pages[missing] = self._new_pages_at(slots[missing], page_index[missing])
         pages *= wanted
@@ -283,11 +285,13 @@ class PageStore:
             # All of them or none: memory may be refused.
             doubled = {
                 name: np.concatenate([old, np.zeros_like(old)])
-                for name in ("_table", "_floor", "_writable_from", "_slot_generation")
+                for name in ("_table", "_floor", "_writable_from")
                 for old in [getattr(self, name)]
             }
             vars(self).update(doubled)
             self._request_of += [""] * count
+            self._first_own_page += [0] * count
+            self._slot_generation += [0] * count
             self._keys += [()] * count
             self._kept += [None] * count
             self._free_slots.extend(range(2 * count - 1, count - 1, -1))
@@ -298,8 +302,8 @@ class PageStore:
         return slot
 
     def _slots_of(self, request_ids: Sequence[str]) -> Int[np.ndarray, " R"]:
-        # A decode batch is mostly that of the step before.
-        if request_ids != self._last_batch:
+        # A decode batch is mostly that of the step before, and then often the same object.
+        if request_ids is not self._last_batch and request_ids != self._last_batch:
             slots = map(self._slot_of.__getitem__, request_ids)
             self._last_slots = np.fromiter(slots, np.int64, len(request_ids))
             self._last_batch = request_ids
@@ -309,15 +313,17 @@ class PageStore:
         self, slots: Int[np.ndarray, " n"], page_index: Int[np.ndarray, " n"]
     ) -> Int[np.ndarray, " n"]:
         """Give requests the pages that n rows need; returns the page of each row."""
-        width = self._table.shape[1]
-        places = slots * width + page_index
-        first = np.ones(len(places), bool)  # rows of one page follow each other
-        np.not_equal(places[1:], places[:-1], out=first[1:])
-        pages = self._new_pages(int(np.count_nonzero(first)))
-        self._table.reshape(-1)[places[first]] = pages
-        page_of_row: Int[np.ndarray, " n"] = pages[np.cumsum(first) - 1]
-        self.rows_dropped += len(places) - int(np.count_nonzero(page_of_row))
-        return page_of_row
+        places = slots * self._table.shape[1] + page_index
+        is_first = np.empty(len(places), bool)  # rows of one page follow each other
+        is_first[0] = True
+        np.not_equal(places[1:], places[:-1], out=is_first[1:])
+        first_places = places[is_first]
+        table = self._table.reshape(-1)
+        table[first_places] = self._new_pages(len(first_places))
+        pages: Int[np.ndarray, " n"] = table[places]
+        if self._next_page > self._max_pages + self._num_pinned_pages:
+            self.rows_dropped += int(np.count_nonzero(pages == NOWHERE))
+        return pages
 
     def _new_pages(self, count: int) -> Int[np.ndarray, " count"]:
         """Pages whose rows read as lost, each referenced once; 0 for those without room."""
@@ -330,9 +336,8 @@ class PageStore:
         while len(found) < count:
             found.append(self._find_page())
         pages = np.array(found, np.int64)
-        taken = pages[pages != NOWHERE]
-        self._status[taken] = RowStatus.STEP_LOST
-        self._references[taken] = 1
+        self._status[pages] = RowStatus.STEP_LOST
+        self._references[pages] = 1
         return pages
 
     def _find_page(self) -> int:
@@ -388,32 +393,31 @@ class PageStore:
     def _publish(self, slots: Int[np.ndarray, " n"], page_index: Int[np.ndarray, " n"]) -> None:
         """Publish pages that their request fed completely in the current generation."""
         pages = self._table[slots, page_index]
-        complete = (
-            (pages != NOWHERE)
-            & (page_index * self.page_size >= self._floor[slots])
-            & (self._slot_generation[slots] == self._generation)
-            & ~self._status[pages].any(1)
-        )
+        worst = np.maximum.reduce(self._status[pages], 1)
         page_of_key, key_of_page = self._page_of_key, self._key_of_page
-        for slot, index, page in zip(
-            slots[complete].tolist(),
-            page_index[complete].tolist(),
-            pages[complete].tolist(),
-            strict=True,
+        for slot, index, page, worst_status in zip(
+            slots.tolist(), page_index.tolist(), pages.tolist(), worst.tolist(), strict=True
         ):
+            if (
+                page == NOWHERE
+                or worst_status != RowStatus.RECORDED
+                or index < self._first_own_page[slot]
+                or self._slot_generation[slot] != self._generation
+            ):
+                continue
             keys = self._keys[slot]
             if index >= len(keys) or page in key_of_page:
                 continue
             key = keys[index]
-            older = page_of_key.get(key)
-            if older is not None:
+            older = page_of_key.setdefault(key, page)
+            if older != page:
                 if not self._serves_hits(self._request_of[slot], index, key):
                     continue
                 del key_of_page[older]
                 if older in self._unreferenced:
                     del self._unreferenced[older]
                     self._free_pages.append(older)
-            page_of_key[key] = page
+                page_of_key[key] = page
             key_of_page[page] = key
 
     def _truncate(self, slot: int, stop: int) -> None:

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from shared_schema import RowStatus
-from vllm_r3_plugin.capturer import RoutingCapturer, copy_to_host
+from vllm_r3_plugin.capturer import RoutingCapturer
+from vllm_r3_plugin.host_copy import HostCopy
 from vllm_r3_plugin.journal import Journal
 from vllm_r3_plugin.pipeline_rows import StageReceiver, StageSender
 from vllm_r3_plugin.runner_batch import RunnerBatch, batch_of
@@ -32,15 +32,13 @@ class StageRows:
         self._capturer = capturer
         self._journal = journal
         self._ids = capturer.copy_rows(num_tokens)
-        self._copied = recorded_event(capturer.device)
 
     def finish(self) -> np.ndarray[Any, Any] | None:
         """``[N, L_stage, k]`` ids, once they have arrived; ``None`` if a router did not report."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        layers = self._capturer.unreported_layers(self._ids)
+        ids = self._ids.wait()
+        layers = self._capturer.unreported_layers(ids)
         if not layers:
-            return self._ids
+            return ids
         self._journal.note(
             RowStatus.CAPTURE_FAILED.name,
             f"a step's routing is unusable: the routers of layers {layers} did not report",
@@ -54,6 +52,7 @@ class PendingRows:
     def __init__(
         self,
         batch: RunnerBatch,
+        num_tokens: int,
         own: StageRows | None,
         step: int,
         receiver: StageReceiver | None,
@@ -62,14 +61,11 @@ class PendingRows:
         self._own = own
         self._step = step
         self._receiver = receiver
-        self._positions = copy_to_host(batch.positions)
-        self._copied = recorded_event(batch.positions.device)
+        self._positions = HostCopy(batch.positions, num_tokens)
 
     def finish(self) -> StepRows:
         """Wait for the copies, and for the rows of earlier stages."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        batch, positions = self._batch, self._positions
+        batch, positions = self._batch, self._positions.wait()
         parts: list[np.ndarray[Any, Any] | None] = []
         if self._receiver is not None:
             earlier = self._receiver.take(self._step, len(positions))
@@ -115,6 +111,7 @@ class StepCapture:
         self._journal = journal
         self._step = 0
         self._pending: PendingRows | None = None
+        self._last_request_ids: list[str] = []
         self._execute_model: Callable[..., Any] = runner.execute_model
         self._sample_tokens: Callable[..., Any] = runner.sample_tokens
         runner.execute_model = self.execute_model
@@ -149,8 +146,9 @@ class StepCapture:
             own = StageRows(self._capturer, num_tokens, self._journal)
         if self._is_last_stage:
             receiver = self._link if isinstance(self._link, StageReceiver) else None
-            batch = batch_of(self._runner, num_tokens)
-            self._pending = PendingRows(batch, own, self._step, receiver)
+            batch = batch_of(self._runner, self._last_request_ids)
+            self._last_request_ids = batch.request_ids
+            self._pending = PendingRows(batch, num_tokens, own, self._step, receiver)
         elif own is not None and isinstance(self._link, StageSender):
             self._link.send(self._step, own.finish)
 
@@ -184,13 +182,5 @@ class StepCapture:
         with self._journal.guard("sending a step's rows"):
             if output.req_ids:  # the empty output is one object shared by all steps
                 rows = pending.finish()
-                attach_rows(output, replace(rows, events=self._journal.take_new()))
-
-
-def recorded_event(device: torch.device) -> torch.Event | None:
-    """An event behind the copies enqueued so far; ``None`` where copies are done at once."""
-    if device.type == "cpu":
-        return None
-    event = torch.Event(device)
-    event.record()
-    return event
+                events = self._journal.take_new()
+                attach_rows(output, replace(rows, events=events) if events else rows)

@@ -52,7 +52,7 @@ class Rig:
         for router, ids in zip(self.routers, choices, strict=True):
             if ids is not None:
                 router.choose(ids)
-        ids = self.capturer.copy_rows(num_tokens)
+        ids = self.capturer.copy_rows(num_tokens).wait()
         return ids, self.capturer.unreported_layers(ids)
 
 
