@@ -48,12 +48,13 @@ class SchedulerFactory:
         return f"SchedulerFactory of moe-r3 ({users})"
 
     def __reduce__(self) -> Any:
-        """Arriving in another process, install there what the engine core needs."""
+        """Arriving in another process, install there what engine core and statistics need."""
         return _arrive, (self.users_class, self.layout)
 
 
 def _arrive(users_class: type | str | None, layout: RoutingLayout | None) -> SchedulerFactory:
-    from vllm_r3_plugin import engine_core
+    from vllm_r3_plugin import engine_core, metrics
 
     engine_core.install()
+    metrics.install()
     return SchedulerFactory(users_class, layout)

@@ -186,6 +186,8 @@ import pickle
 factory = pickle.loads({pickle.dumps(SchedulerFactory())!r})
 from vllm.v1.engine.core import EngineCore
 assert hasattr(EngineCore._initialize_kv_caches, "moe_r3_original")
+from vllm.v1.metrics.loggers import StatLoggerManager
+assert hasattr(StatLoggerManager.record, "moe_r3_original")
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
