@@ -21,6 +21,7 @@ def install() -> None:
     wrap_once(EngineCore, "_initialize_kv_caches", _initialize_kv_caches)
     wrap_once(EngineCoreProc, "_send_finish_outputs_to_client", _send_finish_outputs_to_client)
     EngineCore.moe_r3_abort = moe_r3_abort
+    EngineCore.moe_r3_layout = moe_r3_layout
 
 
 def handshake(engine_core: Any) -> RoutingLayout:
@@ -68,15 +69,18 @@ def moe_r3_abort(engine_core: Any, request_ids: list[str]) -> dict[str, list[Any
     """Abort requests and return their rows; a method of ``EngineCore``, for front ends.
 
     Returns:
-        ``[position after the last row, dtype, shape, bytes]`` by request id.
+        ``[shape, bytes]`` of :func:`vllm_r3_plugin.in_flight.rows_array` by request id.
 
     """
     engine_core.abort_requests(request_ids)
     found = _rows_of_aborted(engine_core, request_ids, from_start=True)
-    return {
-        request_id: [stop, rows.dtype.str, list(rows.shape), rows.tobytes()]
-        for request_id, (stop, rows) in found.items()
-    }
+    return {request_id: [list(rows.shape), rows.tobytes()] for request_id, rows in found.items()}
+
+
+def moe_r3_layout(engine_core: Any) -> dict[str, Any]:
+    """What the workers capture; a method of ``EngineCore``, for front ends."""
+    layout: RoutingLayout = engine_core.scheduler.r3_layout
+    return layout.to_dict()
 
 
 def _initialize_kv_caches(original: Callable[..., Any], self: Any, vllm_config: Any) -> Any:
@@ -99,7 +103,7 @@ def _send_finish_outputs_to_client(
         if rows:
             outputs = [EngineCoreOutput(i, [], finish_reason=reason) for i in req_ids]
             for output in outputs:
-                _, output.routed_experts = rows.get(output.request_id, (0, None))
+                output.routed_experts = rows.get(output.request_id)
             core_outputs = EngineCoreOutputs(finished_requests=set(req_ids), outputs=outputs)
     if core_outputs is None:
         original(self, req_ids, client_index, reason)

@@ -9,11 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from shared_schema import RoutedExperts, RoutingLayout, RowStatus, to_vllm_native
+from shared_schema import RoutingLayout, RowStatus
 from vllm_r3_plugin import metrics
+from vllm_r3_plugin.in_flight import rows_array, void_array
 from vllm_r3_plugin.journal import Guard, Journal, logger
 from vllm_r3_plugin.memory import MemoryBounds
+from vllm_r3_plugin.options import R3Options
 from vllm_r3_plugin.page_store import PageStore, PendingHit
+from vllm_r3_plugin.received_rows import why_incomplete
+from vllm_r3_plugin.request_options import RequestOptions
 from vllm_r3_plugin.step_rows import STEP_ROWS_ATTRIBUTE, StepRows
 
 
@@ -23,29 +27,31 @@ class TrackedRequest:
 
     Attributes:
         request: vLLM's own object.
+        options: what its user asked for.
         sent: rows below this position have left.
         kept: rows below this position belong to tokens already emitted.
-        incomplete: a row that was due is unrecorded, so nothing leaves any more.
+        incomplete: a row that was due is unrecorded.
 
     """
 
     request: Any
+    options: RequestOptions
     sent: int = 0
     kept: int = 0
     incomplete: bool = False
 
     def __post_init__(self) -> None:
-        self.sent = self.first_row
+        self.sent = self.options.start
 
     @property
-    def first_row(self) -> int:
-        """Position of the first row that the user asked for."""
-        return int(self.request.sampling_params.routed_experts_prompt_start)
+    def is_returned(self) -> bool:
+        """Whether the user wants its rows at all."""
+        return self.options.routing == "on"
 
     @property
     def leaves_with_each_output(self) -> bool:
         """Whether the front end may end the request by itself, on a stop string."""
-        return bool(self.request.sampling_params.stop)
+        return self.is_returned and bool(self.request.sampling_params.stop)
 
 
 @dataclass
@@ -66,11 +72,13 @@ class RoutingScheduler:
 
     requests: dict[str, Any]
     kv_cache_manager: Any
+    vllm_config: Any
 
     def __init__(self, *args: Any, r3_layout: RoutingLayout, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.r3_journal = Journal()
         self.r3_layout = r3_layout
+        self._r3_options = R3Options.of(self.vllm_config)
         self._r3_bounds = MemoryBounds.of(self, r3_layout)
         logger.info("moe-r3: %s", self._r3_bounds)
         self.r3_store = _build_store(self, self._r3_bounds)
@@ -166,22 +174,22 @@ class RoutingScheduler:
 
     def r3_rows_of_aborted(
         self, request_ids: Iterable[str], *, from_start: bool = False
-    ) -> dict[str, tuple[int, np.ndarray[Any, Any]]]:
-        """Rows of requests that have just been aborted, and the position at which they stop.
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """Rows of requests that have just been aborted.
 
         Rows that have been sent are left out unless ``from_start``.
         """
-        found: dict[str, tuple[int, np.ndarray[Any, Any]]] = {}
+        found: dict[str, np.ndarray[Any, Any]] = {}
         for request_id in request_ids:
             with self._r3_guard("collecting the rows of an aborted request", (request_id,)):
                 tracked = self._r3_tracked.get(request_id)
                 if tracked is None or not tracked.request.num_output_tokens:
                     continue
                 if from_start:
-                    tracked.sent = tracked.first_row
+                    tracked.sent = tracked.options.start
                 rows = self._r3_take(tracked)
                 if rows is not None:
-                    found[request_id] = (tracked.sent, rows)
+                    found[request_id] = rows
         return found
 
     def r3_serves_hits(self, request_id: str, index: int, block_hash: Any) -> bool:
@@ -206,13 +214,14 @@ class RoutingScheduler:
         start = request.num_computed_tokens - scheduler_output.num_scheduled_tokens[request_id]
         tracked = self._r3_tracked.get(request_id)
         if tracked is None:
-            tracked = TrackedRequest(request)
+            options = RequestOptions.of(request.sampling_params, self._r3_options)
+            tracked = TrackedRequest(request, options)
             self._r3_tracked[request_id] = tracked
             if tracked.leaves_with_each_output:
                 self._r3_riding.add(request_id)
         elif request_id in self._r3_restarted:
             self._r3_restarted.discard(request_id)
-            if request.num_output_tokens:
+            if request.num_output_tokens and tracked.is_returned:
                 tracked.kept = request.num_tokens - 1
         step.pending_hits += self.r3_store.admit(
             request_id, start, request.block_hashes, tracked.kept
@@ -303,7 +312,7 @@ class RoutingScheduler:
         tracked = self._r3_tracked.get(request_id)
         if request_id in self._r3_given_up or (tracked is not None and tracked.incomplete):
             self.r3_journal.count(f"{metrics.REQUESTS_SERVED}unrecorded")
-        elif tracked is not None and tracked.sent > tracked.first_row:
+        elif tracked is not None and tracked.sent > tracked.options.start:
             self.r3_journal.count(f"{metrics.REQUESTS_SERVED}complete")
 
     # --- sending rows ------------------------------------------------------------------------
@@ -314,7 +323,8 @@ class RoutingScheduler:
             rows = self._r3_take(tracked)
             if rows is not None:
                 self._r3_outgoing[request.request_id] = rows
-            tracked.kept = request.num_tokens - 1
+            if tracked.is_returned:
+                tracked.kept = request.num_tokens - 1
 
     def _r3_send(self, outputs: dict[int, Any]) -> None:
         if not self._r3_outgoing and not self._r3_riding:
@@ -325,7 +335,7 @@ class RoutingScheduler:
                 rows = self._r3_outgoing.pop(request_id, None)
                 if rows is None and request_id in self._r3_riding and output.new_token_ids:
                     # Should the part fail, the earlier ones are void as well.
-                    rows = withdrawal(self.r3_layout)
+                    rows = void_array(self.r3_layout)
                     with self._r3_guard("sending rows along", (request_id,)):
                         rows = self._r3_take(self._r3_tracked[request_id])
                 output.routed_experts = rows
@@ -336,41 +346,32 @@ class RoutingScheduler:
         for core_outputs in outputs.values():
             for output in core_outputs.outputs:
                 riding = output.request_id in self._r3_riding
-                output.routed_experts = withdrawal(self.r3_layout) if riding else None
+                output.routed_experts = void_array(self.r3_layout) if riding else None
 
     def _r3_take(self, tracked: TrackedRequest) -> np.ndarray[Any, Any] | None:
-        """Rows due since the last call, as vLLM's native array, or None if one is unrecorded."""
+        """Rows due since the last call, or None if there are none to return."""
         request = tracked.request
-        layout = self.r3_layout
         start, stop = tracked.sent, request.num_tokens - 1
-        if tracked.incomplete or stop < start:
+        if not tracked.is_returned or stop < start:
             return None
         ids, status = self.r3_store.read(request.request_id, start, stop)
         tracked.sent = stop
-        if not status.any():
-            return to_vllm_native(RoutedExperts.trusted(ids, layout, start, status, ()))
-        tracked.incomplete = True
+        if status.any():
+            self._r3_note_unrecorded(tracked, start, status)
+        return rows_array(ids, status)
+
+    def _r3_note_unrecorded(
+        self, tracked: TrackedRequest, start: int, status: np.ndarray[Any, Any]
+    ) -> None:
         for value, number in enumerate(np.bincount(status).tolist()):
             if value != RowStatus.RECORDED and number:
                 self.r3_journal.count(metrics.ROWS_UNRECORDED + RowStatus(value).name, number)
-        first = int(np.flatnonzero(status)[0])
-        reason = RowStatus(int(status[first])).name
-        self.r3_journal.note(
-            f"INCOMPLETE_{reason}",
-            f"request {request.request_id} returns no routed experts: {np.count_nonzero(status)} "
-            f"of {len(status)} rows are unrecorded, the first at position {start + first} "
-            f"({reason})",
-        )
-        return withdrawal(layout) if request.request_id in self._r3_riding else None
-
-
-def withdrawal(layout: RoutingLayout) -> np.ndarray[Any, Any]:
-    """No rows, of a dtype that ids never have: earlier parts of this request's rows are void.
-
-    Only requests with stop strings send rows in parts, and the front end joins them; the join with
-    this part is an array of floats, by which the front end knows that it has nothing to return.
-    """
-    return np.empty((0, layout.num_hidden_layers, layout.top_k), np.float16)
+        if not tracked.incomplete:
+            tracked.incomplete = True
+            self.r3_journal.note(
+                f"INCOMPLETE_{RowStatus(int(status[status != 0][0])).name}",
+                f"of request {tracked.request.request_id} {why_incomplete(start, status)}",
+            )
 
 
 def _build_store(scheduler: Any, bounds: MemoryBounds) -> PageStore:
