@@ -113,7 +113,9 @@ def _add_request(
 
 def _options_of_completion(request: Any, parent: Any, index: int) -> RequestOptions | None:
     params = request.sampling_params
-    options = getattr(params if parent is None else parent.sampling_params, _OPTIONS, None)
+    options: RequestOptions | None = getattr(
+        params if parent is None else parent.sampling_params, _OPTIONS, None
+    )
     if options is None or not index or options.encoding != "r3":
         return options
     options = replace(options, start=_prompt_len(request))
