@@ -43,7 +43,7 @@ def void_array(layout: RoutingLayout) -> Float16[np.ndarray, "0 nbytes"]:
 
 def is_void(array: np.ndarray[Any, Any]) -> bool:
     """Whether a :func:`void_array` is part of ``array``."""
-    return array.dtype == np.float16
+    return bool(array.dtype == np.float16)
 
 
 def ticket_array(ticket: str, num_tokens: int) -> Int8[np.ndarray, "copies characters"]:
