@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float16, Int8, Integer, UInt8
 
 from shared_schema import RoutingLayout
-from vllm_r3_plugin.page_store import Rows
+from vllm_r3_plugin.frozen_rows import Rows
 
 
 def rows_array(

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shared_schema import RoutedExperts, RoutingLayout, RowStatus, Span, encode, to_vllm_native
+from vllm_r3_plugin.frozen_rows import Rows
 from vllm_r3_plugin.in_flight import is_void, rows_of, ticket_of
-from vllm_r3_plugin.page_store import Rows
 from vllm_r3_plugin.request_options import RequestOptions
 
 FETCH_PATH = "/v1/routed_experts/"
