@@ -1,5 +1,6 @@
 """What an engine and a server answer, for two prompts of a small model."""
 
+import base64
 import json
 import os
 import tempfile
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from shared_schema import RoutedExperts, RoutingLayout
+from shared_schema import RoutedExperts, RoutingLayout, encode
 from shared_schema.formats import FORMATS
 
 os.chdir(tempfile.mkdtemp())
@@ -27,3 +28,9 @@ array = FORMATS["npy"].write(sample)
 results = [SimpleNamespace(outputs=[SimpleNamespace(routed_experts=a)]) for a in (array, None)]
 text = FORMATS["vllm"].write(sample)
 answer = SimpleNamespace(choices=[SimpleNamespace(routed_experts=text)])
+parts = [sample, sample[8:], sample[8:]]  # of n = 3 completions of a prompt of 8 tokens
+encoded = SimpleNamespace(
+    choices=[
+        SimpleNamespace(routed_experts=base64.b64encode(encode(part)).decode()) for part in parts
+    ]
+)
