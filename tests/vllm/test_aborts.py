@@ -1,4 +1,8 @@
-"""Requests that the client or a pause ends, on `AsyncLLM` with the engine core in its process."""
+"""Requests that the client or a pause ends, on `AsyncLLM` with the engine core in its process.
+
+Each prompt is completed twice (`n=2`); every other one asks for the r3 encoding, some for a stop
+string that never comes, with which rows leave in parts.
+"""
 
 import asyncio
 from pathlib import Path
@@ -6,24 +10,57 @@ from typing import Any
 
 import pytest
 
+from shared_schema import RoutingLayout, decode, to_vllm_native
 from vllm_r3_plugin import front_end
 
 from .rigs.engine import SETTINGS, workload
 from .rigs.engine_process import run_in_engine_process
 from .rigs.rollouts import Rollout, from_outputs
+from .rigs.tiny_models import MOE_LAYERS, NUM_EXPERTS, NUM_LAYERS, TOP_K
 from .rigs.transformers_oracle import TransformersOracle
 
+LAYOUT = RoutingLayout(NUM_EXPERTS, TOP_K, MOE_LAYERS, NUM_LAYERS)
 ABORT_AFTER_TOKENS = 5
 
 
+def _number(name: str) -> int:
+    return int(name.rpartition("-")[2])
+
+
+def _leaves_in_parts(name: str) -> bool:
+    return _number(name) % 4 < 2
+
+
 async def _last_output(engine: Any, name: str, prompt: list[int], on_output: Any = None) -> Any:
+    """The last output, with the last completion of each index."""
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=1.0, max_tokens=150, ignore_eos=True, detokenize=False)
+    params = SamplingParams(
+        temperature=1.0,
+        max_tokens=150,
+        ignore_eos=True,
+        n=2,
+        stop=["\N{SNOWMAN}"] if _leaves_in_parts(name) else None,
+        extra_args={"r3_encoding": "r3"} if _number(name) % 2 else None,
+    )
+    completions = {}
     async for output in engine.generate({"prompt_token_ids": prompt}, params, name):
+        completions.update({completion.index: completion for completion in output.outputs})
         if on_output is not None:
             await on_output(output)
+    output.outputs = list(completions.values())
     return output
+
+
+def _rollouts(outputs: list[Any]) -> list[Rollout]:
+    """Rollouts with the native form of rows that came encoded, if none is unrecorded."""
+    rollouts = from_outputs(outputs)
+    for rollout in rollouts:
+        if isinstance(rollout.routed, bytes):
+            routed = decode(rollout.routed, LAYOUT)
+            rollout.routed = to_vllm_native(routed) if routed.is_complete else None
+            rollout.prompt_start = routed.token_start
+    return rollouts
 
 
 async def _abort_each(engine: Any, prompts: list[list[int]], prefix: str = "abort") -> list[Any]:
@@ -76,14 +113,15 @@ async def _scenario(model: Path) -> dict[str, list[Rollout]]:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(model), **SETTINGS))
+    settings = {**SETTINGS, "skip_tokenizer_init": False}
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(model), **settings))
     prompts, _ = workload(16, seed=9)
     try:
         return {
-            "aborted": from_outputs(await _abort_each(engine, prompts)),
-            "aborted without rows": from_outputs(await _abort_each_without_rows(engine, prompts)),
-            "paused": from_outputs(await _pause_all(engine, prompts)),
-            "afterwards": from_outputs(
+            "aborted": _rollouts(await _abort_each(engine, prompts)),
+            "aborted without rows": _rollouts(await _abort_each_without_rows(engine, prompts)),
+            "paused": _rollouts(await _pause_all(engine, prompts)),
+            "afterwards": _rollouts(
                 await asyncio.gather(
                     *(_last_output(engine, f"after-{i}", p) for i, p in enumerate(prompts))
                 )
@@ -106,17 +144,22 @@ def rollouts(moe_model: Path) -> dict[str, list[Rollout]]:
 def test_a_request_ended_early_returns_the_rows_of_the_tokens_it_returns(
     rollouts: dict[str, list[Rollout]], group: str, oracle: TransformersOracle
 ) -> None:
+    assert len(rollouts[group]) == 32
     assert {r.finish_reason for r in rollouts[group]} == {"abort"}
-    assert all(ABORT_AFTER_TOKENS <= len(r.output) < 150 for r in rollouts[group])
+    assert {r.prompt_start == len(r.prompt) for r in rollouts[group]} == {True, False}
+    assert all(0 < len(r.output) < 150 for r in rollouts[group])
     assert oracle.agreement(rollouts[group]).differing == 0
 
 
 def test_an_abort_whose_rows_cannot_be_fetched_is_an_abort_all_the_same(
-    rollouts: dict[str, list[Rollout]],
+    rollouts: dict[str, list[Rollout]], oracle: TransformersOracle
 ) -> None:
     lost = rollouts["aborted without rows"]
     assert {r.finish_reason for r in lost} == {"abort"}
-    assert all(ABORT_AFTER_TOKENS <= len(r.output) < 150 and r.routed is None for r in lost)
+    assert all(0 < len(r.output) < 150 for r in lost)
+    arrived = [r for r in lost if _leaves_in_parts(r.request)]
+    assert all(r.routed is None for r in lost if not _leaves_in_parts(r.request))
+    assert oracle.agreement(arrived).differing == 0
 
 
 def test_the_engine_serves_on_after_aborts_and_a_pause(

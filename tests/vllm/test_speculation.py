@@ -20,7 +20,12 @@ DRAFTS = {
 
 
 def _run(model: Path) -> dict[str, Any]:
-    llm = start_engine(model, speculative_config=DRAFTS, num_gpu_blocks_override=24)
+    from vllm import SamplingParams
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    llm = start_engine(
+        model, speculative_config=DRAFTS, num_gpu_blocks_override=24, skip_tokenizer_init=False
+    )
     hook = RouterHook(llm)
     prompts, params = workload(120, seed=9, max_tokens=40)
     # Few letters, so that the drafter finds repetitions and guesses some of them right.
@@ -36,7 +41,26 @@ def _run(model: Path) -> dict[str, Any]:
 
     scheduler.make_spec_decoding_stats = make_spec_decoding_stats
     rollouts = hook.attach_to(generate(llm, prompts, params))
-    return {"rollouts": rollouts, "drafted": np.array(drafted).sum(0).tolist()}
+    letters = llm.get_tokenizer().convert_tokens_to_ids(list("ab"))
+    stopping = SamplingParams(
+        temperature=1.0, max_tokens=60, allowed_token_ids=letters, stop=["aaba", "bbab"]
+    )
+    trimmed, trim = [], OutputProcessor._trim_surplus_tokens
+
+    def trim_surplus_tokens(state: Any, output: Any, *args: Any) -> None:
+        before = len(output.new_token_ids)
+        trim(state, output, *args)
+        trimmed.append(before - len(output.new_token_ids))
+
+    OutputProcessor._trim_surplus_tokens = staticmethod(trim_surplus_tokens)
+    prompts = [[letters[token % 2] for token in prompt] for prompt in prompts]
+    stopped = hook.attach_to(generate(llm, prompts, [stopping] * len(prompts)))
+    return {
+        "rollouts": rollouts + stopped,
+        "stopped": stopped,
+        "trimmed": trimmed,
+        "drafted": np.array(drafted).sum(0).tolist(),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +73,13 @@ def test_drafts_were_accepted_and_rejected_and_requests_preempted(run: dict[str,
     assert accepted >= 50
     assert drafts - accepted >= 50
     assert sum(r.num_preemptions > 0 for r in run["rollouts"]) >= 5
+
+
+def test_tokens_behind_a_stop_string_were_cut_off_with_their_rows(run: dict[str, Any]) -> None:
+    assert sum(number > 0 for number in run["trimmed"]) >= 10
+    assert sum(isinstance(r.stop_reason, str) for r in run["stopped"]) >= 60
+    for rollout in run["stopped"]:
+        rollout.check_form()
 
 
 def test_rows_are_the_routers_own_in_order(run: dict[str, Any]) -> None:
