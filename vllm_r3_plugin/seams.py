@@ -123,12 +123,6 @@ SEAMS = (
         "model configurations say which layers have experts",
     ),
     Seam(
-        "vllm.v1.engine.core_client:AsyncMPClient._call_utility_async",
-        "called",
-        "asks the engine core of each data-parallel rank for its rows",
-        "the front end waits for the engine core's last output of an aborted request",
-    ),
-    Seam(
         "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion.create_completion",
         "wrapped",
         "puts routed experts, or the path to fetch them from, into choices and streams",
