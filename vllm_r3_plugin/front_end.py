@@ -81,12 +81,17 @@ def _process_inputs(
 ) -> Any:
     """Refuse wrong options; spell out the others for the engine core."""
     request = original(self, request_id, *args, **kwargs)
+    if _captures(self.vllm_config):
+        _spell_out(self.vllm_config, request)
+    return request
+
+
+def _spell_out(vllm_config: Any, request: Any) -> None:
     params = request.sampling_params
-    if params is not None and _captures(self.vllm_config):
-        options = _options(self.vllm_config, params, _prompt_len(request))
+    if params is not None:
+        options = _options(vllm_config, params, _prompt_len(request))
         options.write_to(params)
         setattr(params, _OPTIONS, options)
-    return request
 
 
 def _add_request(
@@ -205,8 +210,10 @@ def _generate(
     """Refuse wrong options before a streaming answer begins; deliver the rows at the end."""
     if not _captures(self.vllm_config):
         return original(self, prompt, sampling_params, *args, **kwargs)
-    prompt_ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
-    _options(self.vllm_config, sampling_params, None if prompt_ids is None else len(prompt_ids))
+    if hasattr(prompt, "sampling_params"):
+        _spell_out(self.vllm_config, prompt)  # a request of the engine core, made by the caller
+    ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+    _options(self.vllm_config, sampling_params, None if ids is None else len(ids))
     take = http_answers.new_prompt(sampling_params.n)
     outputs = original(self, prompt, sampling_params, *args, **kwargs)
     return _delivering(self, outputs, take)

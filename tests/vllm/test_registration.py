@@ -125,8 +125,12 @@ from vllm.engine.arg_utils import EngineArgs
 import vllm_r3_plugin; vllm_r3_plugin.register()
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.output_processor import RequestState
-touched = [name for cls in (EngineCore, EngineCoreProc, AsyncLLM, RequestState)
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+classes = (EngineCore, EngineCoreProc, AsyncLLM, InputProcessor, LLMEngine, OutputProcessor,
+           RequestState)
+touched = [name for cls in classes
            for name, value in vars(cls).items() if hasattr(value, "moe_r3_original")]
 assert touched == [] and not hasattr(EngineCore, "moe_r3_abort"), touched
 assert hasattr(EngineArgs.create_engine_config, "moe_r3_original")
