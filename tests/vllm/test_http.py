@@ -134,14 +134,14 @@ def _from_stream(chunks: Iterable[Any]) -> tuple[list[Rollout], list[str]]:
     rollouts: dict[int, Rollout] = {}
     texts: dict[int, str] = {}
     prompts: dict[int, list[int]] = {}
+    chats_prompt: list[int] = []
     for chunk in chunks:
         for choice in chunk.choices:
             one = rollouts.setdefault(choice.index, Rollout("", choice.index, [], [], None, None))
             extra = choice.model_extra or {}
-            whole = (chunk.model_extra or {}).get("prompt_token_ids")
-            prompt = extra.get("prompt_token_ids") or whole
-            if prompt:
-                prompts[choice.index] = prompts[0] = prompt
+            if extra.get("prompt_token_ids"):
+                prompts[choice.index] = extra["prompt_token_ids"]
+            chats_prompt = (chunk.model_extra or {}).get("prompt_token_ids") or chats_prompt
             one.output += extra.get("token_ids") or []
             assert ("routed_experts" in extra) == (choice.finish_reason is not None)
             if choice.finish_reason is not None:
@@ -149,7 +149,7 @@ def _from_stream(chunks: Iterable[Any]) -> tuple[list[Rollout], list[str]]:
                 texts[choice.index] = extra["routed_experts"]
     ordered = [rollouts[index] for index in sorted(rollouts)]
     for rollout in ordered:
-        rollout.prompt = prompts.get(rollout.index, prompts[0])
+        rollout.prompt = prompts.get(rollout.index, chats_prompt)
     return ordered, [texts[rollout.index] for rollout in ordered]
 
 
