@@ -70,7 +70,9 @@ class Answer:
                 "routed_experts_path": completion.routed_experts_path,
                 "routed_experts_reason": completion.routed_experts_reason,
             }
-            self._fields[first + completion.index] = {k: v for k, v in fields.items() if v}
+            carried = {name: value for name, value in fields.items() if value is not None}
+            if carried:
+                self._fields[first + completion.index] = carried
 
         return take
 
