@@ -47,6 +47,17 @@ class Journal:
         """
         return Guard(self, place, then)
 
+    def fail(self, place: str, error: Exception, then: Callable[[], None] | None = None) -> None:
+        """What a guard does with an exception; where a guard for each item costs too much."""
+        name = type(error).__name__
+        self.note(
+            f"error while {place}: {name}", f"routing was lost while {place}: {name}: {error}"
+        )
+        logger.debug("moe-r3: while %s", place, exc_info=error)
+        if then is not None:
+            with self.guard(f"recovering from an error while {place}"):
+                then()
+
     def report(self) -> None:
         """Log all counts, at shutdown."""
         if self.counts:
@@ -74,13 +85,5 @@ class Guard:
     ) -> bool:
         if not isinstance(error, Exception):
             return False
-        name = type(error).__name__
-        self._journal.note(
-            f"error while {self._place}: {name}",
-            f"routing was lost while {self._place}: {name}: {error}",
-        )
-        logger.debug("moe-r3: while %s", self._place, exc_info=error)
-        if self._then is not None:
-            with self._journal.guard(f"recovering from an error while {self._place}"):
-                self._then()
+        self._journal.fail(self._place, error, self._then)
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -126,8 +127,11 @@ class RoutingScheduler:
                 self.r3_store.resolve(step.pending_hits)
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         for request_id in scheduler_output.scheduled_spec_decode_tokens:
-            with self._r3_guard("settling draft tokens", (request_id,)):
+            try:
                 self._r3_settle(request_id)
+            except Exception as error:
+                give_up = partial(self._r3_give_up, (request_id,))
+                self.r3_journal.fail("settling draft tokens", error, give_up)
         with self.r3_journal.guard("sending rows", lambda: self._r3_withdraw(outputs)):
             self._r3_send(outputs)
         with self.r3_journal.guard("sending metrics"):
@@ -229,7 +233,7 @@ class RoutingScheduler:
 
     def _r3_guard(self, place: str, concerned: Iterable[str]) -> Guard:
         """A guard after whose exception the routing of the requests concerned is unrecorded."""
-        return self.r3_journal.guard(place, lambda: self._r3_give_up(concerned))
+        return self.r3_journal.guard(place, partial(self._r3_give_up, concerned))
 
     def _r3_give_up(self, request_ids: Iterable[str]) -> None:
         """Forget all rows of requests, for good: nobody knows how far the work on them got."""
