@@ -77,8 +77,8 @@ class ForwardLayout:
             return
         if rows.gathered:
             # As floats of the same bits: CPU workers gather no integers.
-            bits = ids.contiguous().view(torch.float32)
-            ids = get_tp_group().all_gather(bits, dim=0).view(ids.dtype)
+            bits = ids.to(torch.int32).contiguous().view(torch.float32)
+            ids = get_tp_group().all_gather(bits, dim=0).view(torch.int32)
         offset = _ubatch_offset(context, rank)
         column[offset : offset + rows.stop - rows.start] = ids[rows.start : rows.stop]
 

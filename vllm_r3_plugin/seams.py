@@ -344,8 +344,8 @@ SEAMS = (
     ),
     Seam(
         "vllm.distributed.parallel_state:get_tp_group",
-        "called",
-        "one worker of each tensor-parallel group is heard",
+        "called; its all_gather in the forward, under sequence parallelism",
+        "one worker of each tensor-parallel group is heard, and needs the others' rows",
         _UPSTREAM,
     ),
     Seam(

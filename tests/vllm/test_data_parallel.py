@@ -6,16 +6,20 @@ from typing import Any
 
 import pytest
 
-from .rigs.engine import SETTINGS, workload
+from .rigs.engine import ALL_MODES, SETTINGS, workload
 from .rigs.engine_process import run_in_engine_process
 from .rigs.rollouts import Rollout, from_outputs
 from .rigs.transformers_oracle import TransformersOracle
 
 MODES: dict[str, dict[str, Any]] = {
-    "data parallel": {},
-    "data and expert parallel": {"enable_expert_parallel": True},
-    "sequence parallel": {"enable_expert_parallel": True, "tensor_parallel_size": 2},
+    "data, expert and sequence parallel": {
+        "enable_expert_parallel": True,
+        "tensor_parallel_size": 2,
+    },
 }
+if ALL_MODES:
+    MODES["data parallel"] = {}
+    MODES["data and expert parallel"] = {"enable_expert_parallel": True}
 
 
 async def _generate(engine: Any, group: str, ranks: list[int], abort_at: int = 0) -> list[Rollout]:

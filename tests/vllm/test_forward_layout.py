@@ -39,7 +39,7 @@ class Rig:
             self.captures[0](torch.from_numpy(ids))
 
     def taken(self, num_tokens: int) -> tuple[np.ndarray, list[int]]:
-        ids = self.capturer.copy_rows(num_tokens)
+        ids = self.capturer.copy_rows(num_tokens).wait()
         return ids[:, 0], self.capturer.unreported_layers(ids)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from .rigs.engine import generate, start_engine, workload
+from .rigs.engine import ALL_MODES, generate, start_engine, workload
 from .rigs.engine_process import run_in_engine_process
 from .rigs.failing_on_demand import FAULT_FILE, STAGE_FAULTS
 from .rigs.rollouts import Rollout
@@ -19,6 +19,12 @@ MODES: dict[str, dict[str, Any]] = {
         "worker_cls": "tests.vllm.rigs.failing_on_demand.FaultyPipelineWorker",
     },
 }
+if ALL_MODES:
+    MODES["expert parallel"] = {
+        "tensor_parallel_size": 2,
+        "enable_expert_parallel": True,
+        "worker_cls": "tests.vllm.rigs.workers.ExpertParallelWorker",
+    }
 
 
 def _run(model: Path, mode: dict[str, Any]) -> dict[str, list[Rollout]]:

@@ -1,6 +1,7 @@
 """Starts and drives the engine that the tests share: tiny model, float32, eager, capture on."""
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ SETTINGS: dict[str, Any] = {
     "disable_log_stats": True,
     "seed": 0,
 }
+
+# Runs modes and models that cost minutes and that others cover in part.
+ALL_MODES = bool(os.environ.get("MOE_R3_ALL_MODES"))
 
 _request_ids = itertools.count()
 
