@@ -227,6 +227,8 @@ class RoutingScheduler:
             self._r3_restarted.discard(request_id)
             if request.num_output_tokens and tracked.is_returned:
                 tracked.kept = request.num_tokens - 1
+        if not tracked.is_returned and not self.vllm_config.cache_config.enable_prefix_caching:
+            return  # nobody will ask for its rows
         step.pending_hits += self.r3_store.admit(
             request_id, start, request.block_hashes, tracked.kept
         )
