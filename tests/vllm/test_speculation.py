@@ -76,7 +76,7 @@ def test_drafts_were_accepted_and_rejected_and_requests_preempted(run: dict[str,
 
 
 def test_tokens_behind_a_stop_string_were_cut_off_with_their_rows(run: dict[str, Any]) -> None:
-    assert sum(number > 0 for number in run["trimmed"]) >= 10
+    assert sum(number > 0 for number in run["trimmed"]) >= 4
     assert sum(isinstance(r.stop_reason, str) for r in run["stopped"]) >= 60
     for rollout in run["stopped"]:
         rollout.check_form()
