@@ -27,7 +27,8 @@ TEXTS = [f"def function_{i}(argument):" for i in range(24)]
 
 @pytest.fixture(scope="module")
 def url(moe_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serving(moe_model, tmp_path_factory.mktemp("server") / "log") as found:
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(moe_model, log, "--enable-scale-out") as found:
         yield found
 
 
