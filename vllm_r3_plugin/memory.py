@@ -22,6 +22,7 @@ class MemoryBounds:
         num_requests: requests that run at once.
         request_tokens: tokens of the longest.
         max_bytes: the user's limit on host memory, or None.
+        loads_kv: whether a KV connector may load what the KV cache has long forgotten.
 
     """
 
@@ -32,6 +33,7 @@ class MemoryBounds:
     num_requests: int
     request_tokens: int
     max_bytes: int | None
+    loads_kv: bool = False
 
     @classmethod
     def of(cls, scheduler: Any, layout: RoutingLayout) -> MemoryBounds:
@@ -45,6 +47,7 @@ class MemoryBounds:
             scheduler.max_num_running_reqs,
             scheduler.max_model_len,
             R3Options.of(config).max_bytes,
+            config.kv_transfer_config is not None,
         )
 
     @property
@@ -57,7 +60,9 @@ class MemoryBounds:
 
     @property
     def cached_pages(self) -> int:
-        """Pages of rows for all that the KV cache holds."""
+        """Pages kept for hits: what the KV cache holds, or all that are granted to a connector."""
+        if self.loads_kv and self.max_bytes is not None:
+            return self.max_pages
         return -(-self.cached_tokens // self.page_size)
 
     @property

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +10,8 @@ from jaxtyping import Int, Integer
 
 from shared_schema import RoutingLayout, RowStatus
 from vllm_r3_plugin.frozen_rows import NOWHERE, FrozenRows, Rows
+from vllm_r3_plugin.kv_blocks import BlocksOfPages
+from vllm_r3_plugin.published_pages import PublishedPages
 
 
 class PendingHit(NamedTuple):
@@ -19,6 +20,7 @@ class PendingHit(NamedTuple):
     request_id: str
     page_index: int
     key: Hashable
+    block: int | None
 
 
 class _SlotOf(dict[str, int]):
@@ -35,9 +37,9 @@ class PageStore:
     are still on their way, and a request can finish without owning a single block. A row belongs
     to (request, position) for as long as the request lives.
 
-    Full pages are published under the key of their KV block. A request admitted with a prefix-cache
-    hit shares them, which pins them; pages that no request refers to are kept until room is
-    needed, least recently used first.
+    Full pages are published under the key of their tokens. A request admitted with a prefix-cache
+    hit on the same KV block shares them, which pins them; pages that no request refers to are kept
+    until room is needed, least recently used first.
 
     Rows that are pinned stay after their request has ended, until they are unpinned. Their pages
     are kept in addition to ``cached_pages`` and ``max_pages``. One thread calls the store; any may
@@ -52,8 +54,7 @@ class PageStore:
         max_tokens: longest sequence.
         cached_pages: pages kept in all before unreferenced ones are given up.
         max_pages: pages at most. Beyond it new rows are dropped and read back as unrecorded.
-        serves_hits: asked when a second request has computed the block of a key, with the request
-            and the index of its page: whether later hits will use that one.
+        kv_blocks: which KV block a page belongs to.
 
     """
 
@@ -64,9 +65,9 @@ class PageStore:
         max_tokens: int,
         cached_pages: int,
         max_pages: int,
-        serves_hits: Callable[[str, int, Hashable], bool] = lambda request, index, key: True,
+        kv_blocks: BlocksOfPages,
     ) -> None:
-        self._serves_hits = serves_hits
+        self._kv_blocks = kv_blocks
         self.layout = layout
         self.page_size = page_size
         self.rows_written = 0
@@ -82,10 +83,9 @@ class PageStore:
         self._num_pinned_pages = 0
         self._free_pages: list[int] = []
         self._next_page = 1
-        self._page_of_key: dict[Hashable, int] = {}
-        self._key_of_page: dict[int, Hashable] = {}
-        self._unreferenced: OrderedDict[int, None] = OrderedDict()
+        self._published = PublishedPages()
         self._generation = 0
+        self._trusts_loads = True
 
         slots, width = 64, -(-max_tokens // page_size)
         self._slot_of = _SlotOf()
@@ -116,7 +116,12 @@ class PageStore:
         return self.num_pages * self.page_size * self.layout.row_nbytes
 
     def admit(
-        self, request_id: str, start: int, keys: Sequence[Hashable], keep: int = 0
+        self,
+        request_id: str,
+        start: int,
+        keys: Sequence[Hashable],
+        keep: int = 0,
+        num_loaded: int = 0,
     ) -> list[PendingHit]:
         """Begin, or begin again, a request whose tokens from position ``start`` will be fed.
 
@@ -125,6 +130,7 @@ class PageStore:
             start: tokens before it are not fed: they hit the prefix cache.
             keys: key of each full page of the request's tokens; may grow while the request runs.
             keep: rows below this position stay what they were at an earlier admission.
+            num_loaded: tokens before ``start`` whose KV was loaded from outside of the engine.
 
         Returns:
             Hits whose rows are not there yet. Pass them to :meth:`resolve` once the rows of all
@@ -140,8 +146,34 @@ class PageStore:
         self._floor[slot] = self._writable_from[slot] = start
         self._first_own_page[slot] = -(-start // self.page_size)
         num_hits = min(-(-start // self.page_size), len(keys))
-        hits = [PendingHit(request_id, index, keys[index]) for index in range(num_hits)]
-        return [hit for hit in hits if not self._attach(hit)]
+        first_loaded = -(-(start - num_loaded) // self.page_size)
+        pending: list[PendingHit] = []
+        elsewhere: list[PendingHit] = []
+        for index in range(num_hits):
+            loaded = index >= first_loaded
+            block = None if loaded else self._kv_blocks.of(request_id, index)
+            hit = PendingHit(request_id, index, keys[index], block)
+            if loaded and not self._trusts_loads:
+                elsewhere.append(hit)
+            elif not self._attach(hit):
+                (elsewhere if loaded else pending).append(hit)
+        for hit in elsewhere:
+            self._mark_not_computed(slot, hit)
+        return pending
+
+    def rewind(self, request_id: str, start: int) -> None:
+        """Take rows anew from position ``start`` on: the KV of a hit could not be loaded."""
+        slot = self._slot_of[request_id]
+        floor = int(self._floor[slot])
+        if not slot or start >= floor:
+            return
+        self._floor[slot] = self._writable_from[slot] = start
+        self._first_own_page[slot] = -(-start // self.page_size)
+        hits = self._table[slot, start // self.page_size : -(-floor // self.page_size)]
+        # Rows of a page that says "not computed here" are written in place, for all who hit it.
+        others = np.flatnonzero((hits != NOWHERE) & ~self._status[hits].any(1))
+        self._drop_references(hits[others])
+        hits[others] = NOWHERE
 
     def resolve(self, pending: Iterable[PendingHit]) -> None:
         """Give earlier hits the pages that have been published since."""
@@ -238,13 +270,16 @@ class PageStore:
             self._kept[slot] = None
             self._free_slots.append(slot)
 
-    def start_generation(self) -> None:
-        """Give up all published pages: the KV cache was reset, for new weights say."""
+    def start_generation(self, *, loads_too: bool = True) -> None:
+        """Give up all published pages: the KV cache was reset, for new weights say.
+
+        Unless ``loads_too``, KV outside of the engine outlives the reset, and what is loaded from
+        there has no rows here from now on.
+        """
         self._generation += 1
-        self._free_pages.extend(self._unreferenced)
-        self._unreferenced.clear()
-        self._page_of_key.clear()
-        self._key_of_page.clear()
+        self._trusts_loads = loads_too
+        self._free_pages.extend(self._published.unreferenced)
+        self._published.clear()
 
     def repair(self, lost: Iterable[str]) -> None:
         """Forget requests, after an exception that may have left work on them half done.
@@ -264,14 +299,9 @@ class PageStore:
         self._references[:] = np.bincount(self._table.ravel(), minlength=len(self._references))
         self._references += self._pins
         self._references[NOWHERE] = 0
-        self._key_of_page = {page: key for key, page in self._page_of_key.items()}
         pages = np.flatnonzero(self._references[: self._next_page] == 0)[1:].tolist()
-        published = [page for page in pages if page in self._key_of_page]
-        # The order of those that were in it is kept: least recently used first.
-        order = {page: place for place, page in enumerate(self._unreferenced)}
-        published.sort(key=lambda page: order.get(page, len(order)))
-        self._unreferenced = OrderedDict.fromkeys(published)
-        self._free_pages = [page for page in pages if page not in self._key_of_page]
+        self._published.repair(pages)
+        self._free_pages = [page for page in pages if page not in self._published]
 
     def _rows_of(self, request_id: str, start: int, stop: int) -> FrozenRows:
         slot, size = self._slot_of[request_id], self.page_size
@@ -342,9 +372,10 @@ class PageStore:
 
     def _find_page(self) -> int:
         """A page beyond those kept for hits, the least recently used of which is given up, or 0."""
-        if self._unreferenced and self._next_page > self._soft_limit + self._num_pinned_pages:
-            page, _ = self._unreferenced.popitem(last=False)
-            del self._page_of_key[self._key_of_page.pop(page)]
+        unreferenced = self._published.unreferenced
+        if unreferenced and self._next_page > self._soft_limit + self._num_pinned_pages:
+            page = next(iter(unreferenced))
+            self._published.remove(page)
             return page
         if self._next_page > self._max_pages + self._num_pinned_pages:
             return NOWHERE
@@ -371,7 +402,7 @@ class PageStore:
     def _attach(self, hit: PendingHit) -> bool:
         """Share a published page, or copy its rows below the floor; False if there is none."""
         slot = self._slot_of[hit.request_id]
-        source = self._page_of_key.get(hit.key, NOWHERE)
+        source = self._published.find_for_hit(hit.key, hit.block)
         if source == NOWHERE or not slot:
             return False
         num_rows = int(self._floor[slot]) - hit.page_index * self.page_size
@@ -379,22 +410,33 @@ class PageStore:
             return True
         if num_rows >= self.page_size:
             self._references[source] += 1
-            self._unreferenced.pop(source, None)
+            self._published.unreferenced.pop(source, None)
             self._table[slot, hit.page_index] = source
             return True
-        if source in self._unreferenced:
-            self._unreferenced.move_to_end(source)  # the page it is copied to shall be another
+        if source in self._published.unreferenced:
+            # The page that it is copied to shall be another.
+            self._published.unreferenced.move_to_end(source)
         page = int(self._table[slot, hit.page_index]) or int(self._new_pages(1)[0])
         self._table[slot, hit.page_index] = page
         self._pool[page, :num_rows] = self._pool[source, :num_rows]
         self._status[page, :num_rows] = self._status[source, :num_rows]
         return True
 
+    def _mark_not_computed(self, slot: int, hit: PendingHit) -> None:
+        """Say of a hit's rows that they are not here, also to later hits on its KV block."""
+        page = int(self._new_pages(1)[0])
+        if page == NOWHERE:
+            return
+        num_rows = int(self._floor[slot]) - hit.page_index * self.page_size
+        self._table[slot, hit.page_index] = page
+        self._status[page, :num_rows] = RowStatus.NOT_COMPUTED_HERE
+        if num_rows >= self.page_size and self._published.find(hit.key) == NOWHERE:
+            self._published.add(page, hit.key, None)
+
     def _publish(self, slots: Int[np.ndarray, " n"], page_index: Int[np.ndarray, " n"]) -> None:
         """Publish pages that their request fed completely in the current generation."""
         pages = self._table[slots, page_index]
         worst = np.maximum.reduce(self._status[pages], 1)
-        page_of_key, key_of_page = self._page_of_key, self._key_of_page
         for slot, index, page, worst_status in zip(
             slots.tolist(), page_index.tolist(), pages.tolist(), worst.tolist(), strict=True
         ):
@@ -406,19 +448,17 @@ class PageStore:
             ):
                 continue
             keys = self._keys[slot]
-            if index >= len(keys) or page in key_of_page:
+            if index >= len(keys) or page in self._published:
                 continue
             key = keys[index]
-            older = page_of_key.setdefault(key, page)
-            if older != page:
-                if not self._serves_hits(self._request_of[slot], index, key):
+            block = self._kv_blocks.of(self._request_of[slot], index)
+            older = self._published.find(key)
+            if older != NOWHERE:
+                if block is not None and self._kv_blocks.used_by_hits(key) not in (None, block):
                     continue
-                del key_of_page[older]
-                if older in self._unreferenced:
-                    del self._unreferenced[older]
+                if self._published.remove(older):
                     self._free_pages.append(older)
-                page_of_key[key] = page
-            key_of_page[page] = key
+            self._published.add(page, key, block)
 
     def _truncate(self, slot: int, stop: int) -> None:
         """Forget rows from position ``stop`` on."""
@@ -426,7 +466,7 @@ class PageStore:
         row = self._table[slot]
         if offset:
             page = int(row[index])
-            if page not in self._key_of_page:
+            if page not in self._published:
                 self._status[page, offset:] = RowStatus.STEP_LOST
             index += 1
         columns = index + np.flatnonzero(row[index:])
@@ -437,7 +477,7 @@ class PageStore:
         """Take one reference from each of ``pages``, all of them different."""
         self._references[pages] -= 1
         for page in pages[self._references[pages] == 0].tolist():
-            if page in self._key_of_page:
-                self._unreferenced[page] = None
+            if page in self._published:
+                self._published.unreferenced[page] = None
             else:
                 self._free_pages.append(page)

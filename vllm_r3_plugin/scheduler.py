@@ -14,6 +14,7 @@ from shared_schema import RoutingLayout, RowStatus
 from vllm_r3_plugin import metrics
 from vllm_r3_plugin.in_flight import rows_array, void_array
 from vllm_r3_plugin.journal import Guard, Journal, logger
+from vllm_r3_plugin.kv_blocks import KVBlocks
 from vllm_r3_plugin.memory import MemoryBounds
 from vllm_r3_plugin.options import R3Options
 from vllm_r3_plugin.page_store import PageStore, PendingHit
@@ -74,6 +75,8 @@ class RoutingScheduler:
     requests: dict[str, Any]
     kv_cache_manager: Any
     vllm_config: Any
+    connector: Any
+    hash_block_size: int
 
     def __init__(self, *args: Any, r3_layout: RoutingLayout, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -82,10 +85,11 @@ class RoutingScheduler:
         self._r3_options = R3Options.of(self.vllm_config)
         self._r3_bounds = MemoryBounds.of(self, r3_layout)
         logger.info("moe-r3: %s", self._r3_bounds)
+        self._r3_kv_blocks = KVBlocks(self.kv_cache_manager, self.hash_block_size)
         self.r3_store = _build_store(self, self._r3_bounds)
-        kv_managers = self.kv_cache_manager.coordinator.single_type_managers
-        self._r3_kv_blocks_of = kv_managers[0].req_to_blocks if len(kv_managers) == 1 else {}
-        self._r3_cached_kv_block = self.kv_cache_manager.block_pool.get_cached_block
+        self._r3_num_loaded: dict[str, int] = {}
+        if self.connector is not None:
+            self._r3_watch_loads()
         self._r3_tracked: dict[str, TrackedRequest] = {}
         self._r3_riding: set[str] = set()
         self._r3_dropping: set[str] = set()
@@ -138,13 +142,17 @@ class RoutingScheduler:
             metrics.send(outputs, self.r3_journal, self.r3_store.nbytes)
         return outputs
 
-    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
         """Reset; rows kept for prefix-cache hits belong to the old cache."""
-        done = super().reset_prefix_cache(*args, **kwargs)  # type: ignore[misc]
-        if done:
+        done = super().reset_prefix_cache(reset_running_requests, reset_connector)  # type: ignore[misc]
+        # Where only the connector refused, the cache itself is empty.
+        if done or reset_connector:
+            loads_too = self.connector is None or (done and reset_connector)
             # Rows of the old cache must not outlive it, whatever happens.
             with self.r3_journal.guard("resetting the prefix cache", self._r3_start_over):
-                self.r3_store.start_generation()
+                self.r3_store.start_generation(loads_too=loads_too)
         return bool(done)
 
     def shutdown(self) -> None:
@@ -153,6 +161,7 @@ class RoutingScheduler:
         super().shutdown()  # type: ignore[misc]
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        self._r3_remember_blocks(request)
         super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
         with self._r3_guard("preempting a request", (request.request_id,)):
             self._r3_restarted.add(request.request_id)
@@ -169,10 +178,18 @@ class RoutingScheduler:
         return bool(finished)
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        self._r3_remember_blocks(request)
         result = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
         # Steps in flight may still write KV blocks that other requests hit: keep taking its rows.
         self._r3_retired.append((self._r3_step_number, request.request_id))
         return result
+
+    def _handle_invalid_blocks(self, *args: Any, **kwargs: Any) -> Any:
+        affected = super()._handle_invalid_blocks(*args, **kwargs)  # type: ignore[misc]
+        for request_id in affected:
+            with self._r3_guard("taking back a KV load that failed", (request_id,)):
+                self.r3_store.rewind(request_id, self.requests[request_id].num_computed_tokens)
+        return affected
 
     # --- what the engine core asks -----------------------------------------------------------
 
@@ -196,19 +213,6 @@ class RoutingScheduler:
                     found[request_id] = rows
         return found
 
-    def r3_serves_hits(self, request_id: str, index: int, block_hash: Any) -> bool:
-        """Whether hits on ``block_hash`` find the KV block ``index`` of this request.
-
-        Not so where another request computed the same block before: both are kept, hits use the
-        first. A request that has just lost its blocks gets the benefit of the doubt, and so do
-        models with several kinds of KV cache, whose blocks have other sizes.
-        """
-        blocks = self._r3_kv_blocks_of.get(request_id, ())
-        if index >= len(blocks):
-            return True
-        cached = self._r3_cached_kv_block(block_hash, [0])
-        return cached is None or cached[0] is blocks[index]
-
     # --- following requests ------------------------------------------------------------------
 
     def _r3_admit(self, request_id: str, scheduler_output: Any, step: Step) -> None:
@@ -229,9 +233,27 @@ class RoutingScheduler:
                 tracked.kept = request.num_tokens - 1
         if not tracked.is_returned and not self.vllm_config.cache_config.enable_prefix_caching:
             return  # nobody will ask for its rows
+        self._r3_kv_blocks.forget(request_id)
+        num_loaded = self._r3_num_loaded.pop(request_id, 0)
         step.pending_hits += self.r3_store.admit(
-            request_id, start, request.block_hashes, tracked.kept
+            request_id, start, request.block_hashes, tracked.kept, num_loaded
         )
+
+    def _r3_watch_loads(self) -> None:
+        """Hear how many tokens' KV each request loads through the KV connector."""
+        update_state_after_alloc = self.connector.update_state_after_alloc
+
+        def watch(request: Any, blocks: Any, num_external_tokens: int) -> None:
+            if num_external_tokens:
+                self._r3_num_loaded[request.request_id] = num_external_tokens
+            update_state_after_alloc(request, blocks, num_external_tokens)
+
+        self.connector.update_state_after_alloc = watch
+
+    def _r3_remember_blocks(self, request: Any) -> None:
+        if self._r3_steps:
+            with self.r3_journal.guard("noting the KV blocks of a request"):
+                self._r3_kv_blocks.remember(request.request_id)
 
     def _r3_guard(self, place: str, concerned: Iterable[str]) -> Guard:
         """A guard after whose exception the routing of the requests concerned is unrecorded."""
@@ -306,6 +328,8 @@ class RoutingScheduler:
                 self._r3_count_served(request_id)
                 self.r3_store.release(request_id)
             self._r3_tracked.pop(request_id, None)
+            self._r3_kv_blocks.forget(request_id)
+            self._r3_num_loaded.pop(request_id, None)
             for members in (
                 self._r3_riding,
                 self._r3_dropping,
@@ -380,7 +404,7 @@ class RoutingScheduler:
             )
 
 
-def _build_store(scheduler: Any, bounds: MemoryBounds) -> PageStore:
+def _build_store(scheduler: RoutingScheduler, bounds: MemoryBounds) -> PageStore:
     try:
         return PageStore(
             bounds.layout,
@@ -388,7 +412,7 @@ def _build_store(scheduler: Any, bounds: MemoryBounds) -> PageStore:
             bounds.request_tokens,
             bounds.cached_pages,
             bounds.max_pages,
-            scheduler.r3_serves_hits,
+            scheduler._r3_kv_blocks,
         )
     except MemoryError as error:
         raise MemoryError(

@@ -178,6 +178,19 @@ SEAMS = (
         _UPSTREAM,
     ),
     Seam(
+        f"{_SCHEDULER}._handle_invalid_blocks",
+        "extended",
+        "a KV load failed and its tokens are fed after all: their rows are taken anew",
+        _UPSTREAM,
+    ),
+    Seam(
+        "vllm.distributed.kv_transfer.kv_connector.v1.base:"
+        "KVConnectorBase_V1.update_state_after_alloc",
+        "replaced on the scheduler's connector by a function that calls it",
+        "says how many tokens of a request were not computed here",
+        "the scheduler reports loaded tokens",
+    ),
+    Seam(
         f"{_MOE}.router.base_router:BaseRouter.set_capture_fn",
         "called",
         "hears a router's logical expert ids",
@@ -241,6 +254,7 @@ SEAMS = (
         "looks up requests, and sizes the store",
         _UPSTREAM,
         (
+            "connector",
             "hash_block_size",
             "kv_cache_manager",
             "max_model_len",
@@ -252,21 +266,34 @@ SEAMS = (
     Seam(
         "vllm.v1.core.kv_cache_manager:KVCacheManager",
         "read",
-        "tells which of two equal KV blocks later prefix-cache hits will use",
+        "tells which of several KV blocks with the same tokens a page of rows belongs to",
         _UPSTREAM,
         ("block_pool", "coordinator"),
     ),
     Seam(
         "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager",
         "read, from single_type_managers of the coordinator",
-        "tells which of two equal KV blocks later prefix-cache hits will use",
+        "tells which of several KV blocks with the same tokens a page of rows belongs to",
         _UPSTREAM,
-        ("req_to_blocks",),
+        ("block_size", "req_to_blocks"),
+    ),
+    Seam(
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
+        "compared with the classes of single_type_managers",
+        "finds the group that has a KV block for every token",
+        _UPSTREAM,
+    ),
+    Seam(
+        "vllm.v1.core.kv_cache_utils:KVCacheBlock",
+        "read",
+        "tells which of several KV blocks with the same tokens a page of rows belongs to",
+        _UPSTREAM,
+        ("block_id", "is_null"),
     ),
     Seam(
         "vllm.v1.core.block_pool:BlockPool.get_cached_block",
         "called",
-        "tells which of two equal KV blocks later prefix-cache hits will use",
+        "tells which of several KV blocks with the same tokens a page of rows belongs to",
         _UPSTREAM,
     ),
     Seam(
