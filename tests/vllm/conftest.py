@@ -18,6 +18,12 @@ def other_moe_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def updated_moe_model(tmp_path_factory: pytest.TempPathFactory, moe_model: Path) -> Path:
+    """The weights of `moe_model` but for the routers'."""
+    return tiny_models.make_other_routers(tmp_path_factory.mktemp("updated_moe"), moe_model)
+
+
+@pytest.fixture(scope="session")
 def dense_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.make_dense(tmp_path_factory.mktemp("dense"))
 

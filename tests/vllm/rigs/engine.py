@@ -26,6 +26,8 @@ SETTINGS: dict[str, Any] = {
 # Runs modes and models that cost minutes and that others cover in part.
 ALL_MODES = bool(os.environ.get("MOE_R3_ALL_MODES"))
 
+ROUTER_UPDATE = "tests.vllm.rigs.workers.RouterUpdate"
+
 _request_ids = itertools.count()
 
 

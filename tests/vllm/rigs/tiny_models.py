@@ -1,6 +1,7 @@
 """Tiny random Qwen3 models with a byte-level tokenizer, made on the spot."""
 
 from pathlib import Path
+from typing import Any
 
 NUM_EXPERTS = 32
 TOP_K = 4
@@ -28,11 +29,7 @@ _COMMON = {
 
 
 def make_moe(path: Path, seed: int = 0) -> Path:
-    """Write a float32 Qwen3-MoE whose first layer is dense.
-
-    The gates are wide (std 0.5): neighbouring router logits are then far enough apart that two
-    correct float32 implementations choose the same experts.
-    """
+    """Write a float32 Qwen3-MoE whose first layer is dense."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -48,12 +45,35 @@ def make_moe(path: Path, seed: int = 0) -> Path:
             norm_topk_prob=True,
         )
     ).float()
-    for name, parameter in model.named_parameters():
-        if name.endswith("gate.weight"):
-            torch.nn.init.normal_(parameter, std=0.5)
+    widen_gates(model)
     model.save_pretrained(path)
     _make_tokenizer(path)
     return path
+
+
+def make_other_routers(path: Path, model_path: Path) -> Path:
+    """Write the model of `model_path` with other routers: its weights after an update."""
+    import torch
+    from transformers import Qwen3MoeForCausalLM
+
+    torch.manual_seed(1)
+    model = Qwen3MoeForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    widen_gates(model)
+    model.save_pretrained(path)
+    return path
+
+
+def widen_gates(model: Any) -> None:
+    """Draw the routers' weights anew, with standard deviation 0.5.
+
+    Neighbouring router logits are then far enough apart that two correct float32 implementations
+    choose the same experts.
+    """
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate.weight"):
+            torch.nn.init.normal_(parameter, std=0.5)
 
 
 def make_dense(path: Path) -> Path:

@@ -53,10 +53,10 @@ class TransformersOracle:
 
     def __init__(self, path: Path) -> None:
         import torch
-        from transformers import Qwen3MoeForCausalLM
+        from transformers import AutoModelForCausalLM
 
         self._torch = torch
-        self._model = Qwen3MoeForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
     def router_logits(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Router logits [T, L_moe, E] of each whole sequence of T token ids.
@@ -89,3 +89,17 @@ class TransformersOracle:
             ),
             Agreement(0, 0, 0),
         )
+
+    def router_logits_behind(
+        self, old: "TransformersOracle", prefix: Sequence[int], tokens: Sequence[int]
+    ) -> np.ndarray:
+        """Router logits [T, L_moe, E] of T `tokens` behind a prefix whose KV `old` computed."""
+        torch = self._torch
+        with torch.no_grad():
+            cache = old._model.model(input_ids=torch.tensor([prefix]), use_cache=True)
+            layers = self._model.model(
+                input_ids=torch.tensor([tokens]),
+                past_key_values=cache.past_key_values,
+                output_router_logits=True,
+            ).router_logits
+        return torch.stack([layer.view(len(tokens), -1) for layer in layers], dim=1).numpy()

@@ -1,8 +1,10 @@
 """Worker classes for the tests, named on the command line as a user names his own."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 
@@ -70,3 +72,21 @@ def _on_own_experts(apply: Any) -> Any:
         apply(self, **kwargs)
 
     return apply_on_own_experts
+
+
+class RouterUpdate:
+    """Worker extension: takes new weights for the routers, as a trainer sends them.
+
+    vLLM 0.32's `reload_weights` leaves a CPU worker's experts in another layout than their kernel
+    expects, so that no other implementation routes as the model does then.
+    """
+
+    model_runner: Any
+
+    def load_routers(self, path: str) -> None:
+        """From the checkpoint at `path`."""
+        for name, weight in load_file(Path(path, "model.safetensors")).items():
+            if name.endswith("mlp.gate.weight"):
+                gate = self.model_runner.model.get_submodule(name.removesuffix(".weight"))
+                gate.weight = torch.nn.Parameter(weight, requires_grad=False)
+                gate.quant_method.process_weights_after_loading(gate)
