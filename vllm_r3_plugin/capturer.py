@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from shared_schema import RoutingLayout
+from vllm_r3_plugin import releases
 from vllm_r3_plugin.forward_layout import ForwardLayout
 from vllm_r3_plugin.host_copy import HostCopy
 from vllm_r3_plugin.journal import logger
@@ -152,13 +154,10 @@ def find_routers(
 
     """
     from vllm.model_executor.layers.fused_moe.layer import MoERunner
-    from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
-        RoutedExpertsCaptureSource,
-    )
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
     for name, module in model.named_modules():
-        if isinstance(module, RoutedExpertsCaptureSource):
+        if releases.is_capture_source(module):
             chosen, attach = top_k, _attribute_attacher(module)
         elif not isinstance(module, MoERunner):
             continue
@@ -196,25 +195,13 @@ def _attribute_attacher(module: Any) -> Callable[[CaptureFn], None]:
 
 def _sink_attacher(name: str, module: Any) -> Callable[[CaptureFn], None]:
     """For kernels that route by themselves and report their choice into a buffer."""
-    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExpertsMonolithic
-    from vllm.model_executor.layers.fused_moe.routed_experts_capturer import RoutedExpertsSink
-
     kernel = getattr(module.routed_experts.quant_method, "moe_kernel", None)
     experts = getattr(getattr(kernel, "impl", None), "fused_experts", None)
-    if not (
-        isinstance(experts, FusedMoEExpertsMonolithic) and experts.supports_routing_replay_capture()
-    ):
+    if not releases.reports_its_choice(experts):
         raise ValueError(
             f"the routing of layer {name!r} cannot be captured: its kernel "
             f"{type(experts).__name__} routes by itself and does not report its choice, expected "
             "one that does: choose another with --moe-backend, for example triton."
         )
 
-    def attach(capture: CaptureFn) -> None:
-        sink = module.routed_experts.routing_sink
-        before = sink.capture_fn if sink is not None else None
-        module.routed_experts.routing_sink = RoutedExpertsSink(
-            experts.moe_config, _chained(capture, before)
-        )
-
-    return attach
+    return lambda capture: releases.listen_to_kernel(module, experts, partial(_chained, capture))

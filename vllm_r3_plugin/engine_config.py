@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from vllm_r3_plugin import engine_core, front_end, metrics, seams
+from vllm_r3_plugin import engine_core, front_end, metrics, releases, seams
+from vllm_r3_plugin.journal import Journal
 from vllm_r3_plugin.options import R3Options
 from vllm_r3_plugin.scheduler_factory import SchedulerFactory
 from vllm_r3_plugin.worker import worker_cls_over
 from vllm_r3_plugin.wrapping import wrap_once
+
+_journal = Journal()
 
 
 def install() -> None:
@@ -24,27 +26,14 @@ def install() -> None:
 def _create_engine_config(
     original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    if not (
-        self.enable_return_routed_experts or self.aux_output_config.enable_return_routed_experts
-    ):
+    if not releases.asks_for_routing(self):
         return original(self, *args, **kwargs)
     if R3Options.of(self).backend == "vllm":
         return original(self, *args, **kwargs)
-    with _native_flags_cleared(self):
+    with releases.native_flags_cleared(self):
         config = original(self, *args, **kwargs)
-    take_over(config, self.aux_output_config.max_bytes)
+    take_over(config, releases.native_max_bytes(self))
     return config
-
-
-@contextmanager
-def _native_flags_cleared(engine_args: Any) -> Iterator[None]:
-    flag, aux = engine_args.enable_return_routed_experts, engine_args.aux_output_config
-    engine_args.enable_return_routed_experts = False
-    engine_args.aux_output_config = replace(aux, enable_return_routed_experts=False)
-    try:
-        yield
-    finally:
-        engine_args.enable_return_routed_experts, engine_args.aux_output_config = flag, aux
 
 
 def take_over(config: Any, max_bytes: int | None) -> None:
@@ -60,7 +49,7 @@ def take_over(config: Any, max_bytes: int | None) -> None:
     options = R3Options.of(config)
     if options.max_bytes is None:
         options = replace(options, max_bytes=max_bytes)
-    seams.require_present()
+    seams.require_present(_journal)
     front_end.install()
     engine_core.install()
     metrics.install()
@@ -98,9 +87,8 @@ def _requirements(config: Any) -> Iterator[tuple[bool, str, str, str]]:
     ):
         size = getattr(parallel, field)
         yield size == 1, f"{field} {size}", "1", "set it to 1 or remove the flag"
-    speculative = config.speculative_config
     yield (
-        speculative is None or not speculative.enable_adaptive_verification,
+        not releases.verifies_adaptively(config.speculative_config),
         "adaptive speculative verification",
         "a fixed number of draft tokens",
         "switch it off or remove the flag",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from shared_schema import RoutingLayout, RowStatus
-from vllm_r3_plugin import metrics
+from vllm_r3_plugin import metrics, releases
 from vllm_r3_plugin.in_flight import rows_array, void_array
 from vllm_r3_plugin.journal import Guard, Journal, logger
 from vllm_r3_plugin.kv_blocks import KVBlocks
@@ -276,7 +276,7 @@ class RoutingScheduler:
         self.r3_store = _build_store(self, self._r3_bounds)
 
     def _r3_note_dropped_output(self, request: Any) -> None:
-        if request.drop_stale_output and request.num_stale_output_tokens:
+        if releases.discards_output(request):
             self._r3_dropping.add(request.request_id)
 
     def _r3_store_step(self, rows: StepRows | None, scheduler_output: Any) -> None:
@@ -310,7 +310,7 @@ class RoutingScheduler:
         if request_id not in self._r3_dropping:
             return False
         request = self.requests.get(request_id)
-        if request is not None and request.num_stale_output_tokens and request.drop_stale_output:
+        if request is not None and releases.discards_output(request):
             return True
         self._r3_dropping.discard(request_id)
         return False

@@ -7,8 +7,15 @@ import inspect
 from functools import reduce
 from typing import Any, NamedTuple
 
-CHECKED_ON = ("0.32.0",)
-"""Releases of vLLM on which every entry below was read and tested."""
+from vllm_r3_plugin.journal import Journal
+
+Release = tuple[int, int]
+
+EXECUTED_ON: tuple[Release, ...] = ((0, 32),)
+"""Releases of vLLM on which the tests ran; every entry below that applies there was found."""
+
+READ_ON: tuple[Release, ...] = ((0, 33),)
+"""Releases in whose sources every entry below that applies there was found; nothing ran on them."""
 
 
 class Seam(NamedTuple):
@@ -20,6 +27,9 @@ class Seam(NamedTuple):
         why: what needs it.
         gone_when: what would let us drop it.
         attributes: of the instances of ``symbol``, where it is a class.
+        parameters: the first ones of ``symbol``, where it is called or wrapped with them.
+        since: the first release that we need it on.
+        until: the last one.
 
     """
 
@@ -28,6 +38,13 @@ class Seam(NamedTuple):
     why: str
     gone_when: str
     attributes: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    since: Release = (0, 0)
+    until: Release = (9999, 0)
+
+    def applies_to(self, release: Release) -> bool:
+        """Whether we touch it on that release of vLLM."""
+        return self.since <= release <= self.until
 
 
 _UPSTREAM = "vLLM's own routed-experts output runs in every configuration"
@@ -41,12 +58,14 @@ SEAMS = (
         "wrapped",
         "every way to start an engine passes here; sets our worker and scheduler",
         "a plugin can set worker_cls and scheduler_cls by itself",
+        parameters=("self",),
     ),
     Seam(
         "vllm.v1.engine.core:EngineCore._initialize_kv_caches",
         "wrapped",
         "the engine core asks all workers what they capture, before warm-up",
         "a start-up hook between engine core and workers",
+        parameters=("self", "vllm_config"),
     ),
     Seam(
         "vllm.v1.engine.core:EngineCore.abort_requests",
@@ -59,24 +78,28 @@ SEAMS = (
         "wrapped",
         "a pause aborts requests and builds their outputs outside the scheduler",
         "the scheduler builds the outputs of aborted requests",
+        parameters=("self", "req_ids", "client_index", "finish_reason"),
     ),
     Seam(
         "vllm.v1.engine.async_llm:AsyncLLM.abort",
         "wrapped",
         "fetches the rows of a request before its end is reported to the client",
         "the front end waits for the engine core's last output of an aborted request",
+        parameters=("self", "request_id", "internal"),
     ),
     Seam(
         "vllm.v1.engine.async_llm:AsyncLLM.generate",
         "wrapped",
         "a request's wrong options are refused before a streaming answer begins",
         "a check of extra_args by plugins",
+        parameters=("self", "prompt", "sampling_params"),
     ),
     Seam(
         "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         "wrapped",
         "a request's options are checked against its prompt, and defaults filled in",
         "a check of extra_args by plugins",
+        parameters=("self", "request_id"),
     ),
     Seam(
         "vllm.v1.engine:EngineCoreRequest",
@@ -152,24 +175,28 @@ SEAMS = (
         "extended",
         "stores a step's rows and fills the outputs",
         _UPSTREAM,
+        parameters=("self", "scheduler_output", "model_runner_output"),
     ),
     Seam(
         f"{_SCHEDULER}._preempt_request",
         "extended",
         "rows of emitted tokens are kept, later ones are taken anew",
         "the scheduler reports preemptions",
+        parameters=("self", "request"),
     ),
     Seam(
         f"{_SCHEDULER}._handle_stopped_request",
         "extended",
         "a request's rows are collected where it ends, before a session changes its tokens",
         "the scheduler reports the end of requests",
+        parameters=("self", "request"),
     ),
     Seam(
         f"{_SCHEDULER}._free_request",
         "extended",
         "a request's pages are given up after its last step",
         "the scheduler reports the end of requests",
+        parameters=("self", "request"),
     ),
     Seam(
         f"{_SCHEDULER}.reset_prefix_cache",
@@ -198,6 +225,13 @@ SEAMS = (
     ),
     Seam(f"{_MOE}.layer:MoERunner.layer_id", "read", "the decoder layer of a router", "see above"),
     Seam(
+        f"{_MOE}.layer:MoERunner",
+        "read; routing_sink of its routed_experts is set",
+        "leads to a layer's router or kernel, and says its top-k",
+        "see above",
+        ("moe_config", "routed_experts", "router"),
+    ),
+    Seam(
         f"{_MOE}.layer:MoERunner.is_monolithic",
         "read",
         "tells kernels that route by themselves",
@@ -208,18 +242,43 @@ SEAMS = (
         "called",
         "whether such a kernel reports its choice",
         "see above",
+        since=(0, 27),
     ),
     Seam(
         f"{_MOE}.routed_experts_capturer:RoutedExpertsSink",
         "constructed",
         "the buffer through which such a kernel reports",
         "see above",
+        since=(0, 32),
+    ),
+    Seam(
+        f"{_MOE}.modular_kernel:FusedMoEExpertsMonolithic.set_capture_fn",
+        "called",
+        "the buffer through which such a kernel reports",
+        "see above",
+        since=(0, 27),
+        until=(0, 31),
     ),
     Seam(
         f"{_MOE}.routed_experts_capturer:RoutedExpertsCaptureSource",
         "tested for",
         "modules that route without a router object",
         "see above",
+        since=(0, 28),
+    ),
+    Seam(
+        "vllm.config:ModelConfig",
+        "read",
+        "the numbers of experts and layers, and whether the model has experts at all",
+        "nothing: used as vLLM does",
+        ("get_num_experts", "get_total_num_hidden_layers", "is_moe", "runner_type"),
+    ),
+    Seam(
+        "vllm.config:ModelConfig.get_num_experts_per_tok",
+        "called",
+        "the model's top-k, for modules and pipeline stages that do not say theirs",
+        "nothing: used as vLLM does",
+        since=(0, 28),
     ),
     Seam(
         _RUNNER,
@@ -299,17 +358,31 @@ SEAMS = (
     Seam(
         "vllm.v1.request:Request",
         "read",
-        "which rows belong to emitted tokens, which steps vLLM discards, and the block hashes",
+        "which rows belong to emitted tokens, and the block hashes",
         _UPSTREAM,
         (
             "block_hashes",
-            "drop_stale_output",
             "num_computed_tokens",
             "num_output_tokens",
-            "num_stale_output_tokens",
             "num_tokens",
             "sampling_params",
         ),
+    ),
+    Seam(
+        "vllm.v1.request:Request",
+        "read",
+        "which steps vLLM discards",
+        _UPSTREAM,
+        ("drop_stale_output", "num_stale_output_tokens"),
+        since=(0, 27),
+    ),
+    Seam(
+        "vllm.v1.request:Request",
+        "read",
+        "which steps vLLM discards",
+        _UPSTREAM,
+        ("async_tokens_to_discard",),
+        until=(0, 26),
     ),
     Seam(
         "vllm.v1.core.sched.output:SchedulerOutput",
@@ -481,27 +554,57 @@ SEAMS = (
 )
 
 
+def release_of(version: str) -> Release:
+    """Major and minor number of ``version``, as 0.32 of ``0.32.0+cpu``."""
+    major, minor, *_ = version.split(".")
+    return int(major), int(minor)
+
+
+def installed_release() -> Release:
+    """The release of the installed vLLM."""
+    from vllm import __version__
+
+    return release_of(__version__)
+
+
 def missing() -> list[Seam]:
     """The seams that the installed vLLM lacks."""
-    return [seam for seam in SEAMS if not _exists(seam)]
+    release = installed_release()
+    return [seam for seam in SEAMS if seam.applies_to(release) and not _exists(seam)]
 
 
-def require_present() -> None:
-    """Raise unless the installed vLLM has every seam.
+def require_present(journal: Journal) -> None:
+    """Raise unless the installed vLLM has every seam; say so if the plugin never ran on it.
 
     Raises:
-        ValueError: names the first symbol that is missing.
+        ValueError: names all symbols that are missing.
 
     """
+    release = installed_release()
     absent = missing()
     if absent:
-        from vllm import __version__
-
+        names = ", ".join(seam.symbol for seam in absent)
         raise ValueError(
-            f"vLLM {__version__} has no {absent[0].symbol}, which moe-r3 needs ({absent[0].why}), "
-            f"expected vLLM {' or '.join(CHECKED_ON)}: install that, or remove "
-            "--enable-return-routed-experts."
+            f"vLLM {_number(release)} has no {names}, or not as moe-r3 needs it for: "
+            f"{absent[0].why}, expected vLLM {releases_named(EXECUTED_ON)}: install one of them, "
+            "or remove --enable-return-routed-experts."
         )
+    if release not in EXECUTED_ON:
+        journal.note(
+            "UNTESTED_VLLM",
+            f"this moe-r3 never ran on vLLM {_number(release)}, only on "
+            f"{releases_named(EXECUTED_ON)}; all that it uses of vLLM is there, so it tries",
+        )
+
+
+def releases_named(releases: tuple[Release, ...]) -> str:
+    """``0.30, 0.31 or 0.32``."""
+    *most, last = map(_number, releases)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def _number(release: Release) -> str:
+    return ".".join(map(str, release))
 
 
 def resolve(symbol: str) -> Any:
@@ -521,7 +624,15 @@ def _exists(seam: Seam) -> bool:
         found = resolve(seam.symbol)
     except (ImportError, AttributeError):
         return False
-    return not missing_attributes(found, seam.attributes)
+    return not missing_attributes(found, seam.attributes) and _takes(found, seam.parameters)
+
+
+def _takes(found: Any, parameters: tuple[str, ...]) -> bool:
+    # `inspect` looks through our own wraps.
+    return (
+        not parameters
+        or tuple(inspect.signature(found).parameters)[: len(parameters)] == parameters
+    )
 
 
 def missing_attributes(cls: Any, names: tuple[str, ...]) -> list[str]:
@@ -531,8 +642,10 @@ def missing_attributes(cls: Any, names: tuple[str, ...]) -> list[str]:
     known: set[str] = set()
     for base in cls.__mro__:
         known.update(vars(base), getattr(base, "__annotations__", ()))
-        if "__init__" in vars(base):
-            known.update(getattr(inspect.unwrap(base.__init__), "__code__", _NO_CODE).co_names)
+        for method in ("__init__", "__post_init__"):
+            if method in vars(base):
+                code = getattr(inspect.unwrap(vars(base)[method]), "__code__", _NO_CODE)
+                known.update(code.co_names)
     return [name for name in names if name not in known]
 
 

@@ -10,6 +10,7 @@ import socket
 from typing import Any
 
 from shared_schema import RoutingLayout
+from vllm_r3_plugin import releases
 from vllm_r3_plugin.capturer import RouterSource, RoutingCapturer, capture_dtype, find_routers
 from vllm_r3_plugin.forward_layout import ForwardLayout
 from vllm_r3_plugin.journal import Journal
@@ -38,7 +39,7 @@ class RoutingCaptureWorker:
         config = self.vllm_config.model_config
         sources = self._r3_sources()
         num_experts = config.get_num_experts()
-        top_k = _common_top_k(sources, config.get_num_experts_per_tok())
+        top_k = _common_top_k(sources, releases.experts_per_token(config))
         if sources:
             layout = RoutingLayout(
                 num_experts=num_experts,
@@ -92,7 +93,7 @@ class RoutingCaptureWorker:
             find_routers(
                 self.model_runner.get_model(),
                 config.get_total_num_hidden_layers(),
-                config.get_num_experts_per_tok(),
+                releases.experts_per_token(config),
             )
         )
 

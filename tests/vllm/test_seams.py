@@ -1,61 +1,91 @@
 """Every private symbol of vLLM that the plugin touches is there, and is what the plugin expects."""
 
-import inspect
+from pathlib import Path
 
 import pytest
 import vllm
 
+from tools.check_vllm_sources import Sources
 from vllm_r3_plugin import seams
+from vllm_r3_plugin.journal import Journal
+
+RELEASE = seams.installed_release()
+APPLYING = [seam for seam in seams.SEAMS if seam.applies_to(RELEASE)]
 
 
-@pytest.mark.parametrize("seam", seams.SEAMS, ids=lambda seam: seam.symbol)
+def ids(seam):
+    return f"{seam.symbol}[{','.join(seam.attributes)}]"
+
+
+@pytest.fixture(scope="module")
+def sources():
+    return Sources(Path(vllm.__file__).parents[1])
+
+
+@pytest.mark.parametrize("seam", APPLYING, ids=ids)
 def test_vllm_still_has(seam):
     assert seam not in seams.missing(), f"{seam.symbol} moved; it serves: {seam.why}"
 
 
-def test_an_attribute_that_moved_is_noticed():
-    from vllm.v1.request import Request
-
-    names = ("num_tokens", "drop_stale_output", "no_such_attribute")
-    assert seams.missing_attributes(Request, names) == ["no_such_attribute"]
-
-
-def test_the_installed_vllm_was_checked():
-    assert vllm.__version__.partition("+")[0] in seams.CHECKED_ON
-
-
-def test_no_symbol_is_listed_twice():
-    symbols = [seam.symbol for seam in seams.SEAMS]
-    assert len(set(symbols)) == len(symbols)
+@pytest.mark.parametrize("seam", APPLYING, ids=ids)
+def test_a_check_of_the_sources_finds_what_an_import_finds(sources, seam):
+    assert sources.version == RELEASE
+    assert sources.problem(seam) is None
 
 
 @pytest.mark.parametrize(
-    ("symbol", "parameters"),
+    ("seam", "problem"),
     [
-        ("vllm.engine.arg_utils:EngineArgs.create_engine_config", ["self"]),
-        ("vllm.v1.engine.core:EngineCore._initialize_kv_caches", ["self", "vllm_config"]),
+        (("vllm.v1.request:Request.gone",), "no such symbol"),
+        (("vllm.v1.no_such_module:Request",), "no such symbol"),
         (
-            "vllm.v1.engine.core:EngineCoreProc._send_finish_outputs_to_client",
-            ["self", "req_ids", "client_index", "finish_reason"],
+            ("vllm.v1.request:Request", "read", "a reason", "never", ("num_tokens", "gone")),
+            "no attribute gone",
         ),
-        ("vllm.v1.engine.async_llm:AsyncLLM.abort", ["self", "request_id", "internal"]),
-        ("vllm.v1.core.sched.scheduler:Scheduler._handle_stopped_request", ["self", "request"]),
         (
-            "vllm.v1.core.sched.scheduler:Scheduler.update_from_output",
-            ["self", "scheduler_output", "model_runner_output"],
+            ("vllm.v1.engine.async_llm:AsyncLLM.abort", "", "", "", (), ("self", "ids")),
+            "takes (self, request_id, internal), expected (self, ids)",
         ),
-        ("vllm.v1.worker.worker_base:WorkerBase.sample_tokens", ["self", "grammar_output"]),
     ],
 )
-def test_wrapped_methods_take_the_arguments_that_wraps_pass_on(symbol, parameters):
-    assert list(inspect.signature(seams.resolve(symbol)).parameters)[: len(parameters)] == (
-        parameters
-    )
+def test_what_moved_is_noticed_in_the_sources_and_by_import(monkeypatch, sources, seam, problem):
+    seam = seams.Seam(*seam, *("",) * max(0, 4 - len(seam)))
+    assert sources.problem(seam) == problem
+    monkeypatch.setattr(seams, "SEAMS", (*seams.SEAMS, seam))
+    assert seams.missing() == [seam]
+
+
+def test_a_symbol_of_other_releases_is_not_asked_for(monkeypatch):
+    later = (RELEASE[0], RELEASE[1] + 1)
+    gone = seams.Seam("vllm.v1.request:Request.gone", "read", "a reason", "never", since=later)
+    monkeypatch.setattr(seams, "SEAMS", (*seams.SEAMS, gone))
+    assert seams.missing() == []
+    assert gone.applies_to(later)
+    assert not gone._replace(since=(0, 0), until=RELEASE).applies_to(later)
+
+
+def test_the_installed_vllm_was_checked():
+    assert RELEASE in seams.EXECUTED_ON
+
+
+def test_no_symbol_is_listed_twice():
+    entries = [(seam.symbol, seam.attributes) for seam in seams.SEAMS]
+    assert len(set(entries)) == len(entries)
 
 
 def test_a_symbol_that_moved_is_named_before_the_engine_starts(monkeypatch):
     gone = seams.Seam("vllm.v1.engine.core:EngineCore.gone", "wrapped", "a reason", "never")
     monkeypatch.setattr(seams, "SEAMS", (*seams.SEAMS, gone))
     with pytest.raises(ValueError, match=r"no vllm\.v1\.engine\.core:EngineCore\.gone") as error:
-        seams.require_present()
+        seams.require_present(Journal())
     assert "a reason" in str(error.value)
+
+
+def test_on_a_release_that_was_never_run_the_plugin_warns_once_and_tries(monkeypatch, caplog):
+    monkeypatch.setattr("vllm.__version__", "0.99.1rc2+cu130")
+    journal = Journal()
+    for _ in range(2):
+        seams.require_present(journal)
+    assert journal.counts == {"UNTESTED_VLLM": 2}
+    (record,) = caplog.records
+    assert "never ran on vLLM 0.99" in record.message
