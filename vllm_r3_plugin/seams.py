@@ -11,7 +11,7 @@ from vllm_r3_plugin.journal import Journal
 
 Release = tuple[int, int]
 
-EXECUTED_ON: tuple[Release, ...] = ((0, 32),)
+EXECUTED_ON: tuple[Release, ...] = ((0, 31), (0, 32))
 """Releases of vLLM on which the tests ran; every entry below that applies there was found."""
 
 READ_ON: tuple[Release, ...] = ((0, 33),)
