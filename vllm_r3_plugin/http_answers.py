@@ -14,6 +14,7 @@ import numpy as np
 
 from shared_schema.formats.base64_text import to_base64
 from shared_schema.formats.vllm import dump_npy
+from vllm_r3_plugin import releases
 from vllm_r3_plugin.wrapping import wrap_once
 
 Take = Callable[[Any], Awaitable[None]]
@@ -27,19 +28,13 @@ def install() -> None:
     """Wrap the handlers of completions, chat completions and vLLM's own generate."""
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
-    from vllm.entrypoints.scale_out.token_in_token_out import protocol
     from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
 
     wrap_once(OpenAIServingCompletion, "create_completion", _answer)
     wrap_once(OpenAIServingChat, "create_chat_completion", _answer)
     wrap_once(ServingTokens, "serve_tokens", _answer)
     # The choices of the other answers take further fields by themselves.
-    for model in (
-        protocol.GenerateTokensChoice,
-        protocol.GenerateTextChoice,
-        protocol.GenerateTokensResponse,
-        protocol.GenerateTextResponse,
-    ):
+    for model in releases.answers_of_generate():
         if model.model_config.get("extra") != "allow":
             model.model_config["extra"] = "allow"
             model.model_rebuild(force=True)

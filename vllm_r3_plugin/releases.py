@@ -110,3 +110,14 @@ def listen_to_kernel(
     sink = module.routed_experts.routing_sink
     before = sink.capture_fn if sink is not None else None
     module.routed_experts.routing_sink = sink_class(experts.moe_config, chained(before))
+
+
+def answers_of_generate() -> list[Any]:
+    """Pydantic models of what vLLM's own generate answers: choices, then what holds them."""
+    from vllm.entrypoints.scale_out.token_in_token_out import protocol
+
+    if hasattr(protocol, "GenerateTokensChoice"):
+        names = ["TokensChoice", "TextChoice", "TokensResponse", "TextResponse"]
+    else:  # up to 0.31
+        names = ["ResponseChoice", "Response"]
+    return [getattr(protocol, f"Generate{name}") for name in names]

@@ -168,6 +168,14 @@ SEAMS = (
         "allowed to take further fields, with GenerateTextChoice and the answers that hold them",
         "the same for vLLM's own generate",
         "see above",
+        since=(0, 32),
+    ),
+    Seam(
+        "vllm.entrypoints.scale_out.token_in_token_out.protocol:GenerateResponseChoice",
+        "allowed to take further fields, with GenerateResponse, which holds them",
+        "the same for vLLM's own generate",
+        "see above",
+        until=(0, 31),
     ),
     Seam(f"{_SCHEDULER}.schedule", "extended", "follows which requests begin or resume", _UPSTREAM),
     Seam(
