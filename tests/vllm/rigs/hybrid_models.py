@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .tiny_models import _COMMON, NUM_EXPERTS, TOP_K, widen_gates
+from .tiny_models import COMMON, NUM_EXPERTS, TOP_K, widen_gates
 
 SLIDING_WINDOW = 48
 
@@ -13,7 +13,7 @@ def make_sliding(path: Path, layer_types: list[str]) -> Path:
     from transformers import ExaoneMoeConfig, ExaoneMoeForCausalLM
 
     config = ExaoneMoeConfig(
-        **_COMMON,
+        **COMMON,
         num_experts=NUM_EXPERTS,
         num_experts_per_tok=TOP_K,
         moe_intermediate_size=32,
@@ -33,7 +33,7 @@ def make_linear_attention(path: Path) -> Path:
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     config = Qwen3NextConfig(
-        **_COMMON,
+        **COMMON,
         num_experts=NUM_EXPERTS,
         num_experts_per_tok=TOP_K,
         moe_intermediate_size=32,

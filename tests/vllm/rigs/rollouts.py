@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .tiny_models import FIRST_PROMPT_TOKEN, LAST_PROMPT_TOKEN, MOE_LAYERS, NUM_LAYERS, TOP_K
+from .tiny_models import FIRST_PROMPT_TOKEN, LAST_PROMPT_TOKEN, QWEN3_MOE, Shape
 
 
 @dataclass
@@ -27,6 +27,7 @@ class Rollout:
     # Rows that were computed again later with other experts, which must not replace the first.
     superseded: int = 0
     num_preemptions: int = 0
+    shape: Shape = QWEN3_MOE
 
     @property
     def tokens(self) -> list[int]:
@@ -36,18 +37,19 @@ class Rollout:
         """The MoE layers' ids [T, L_moe, k], once the array has the form that vLLM documents."""
         self.check_form()
         assert self.routed is not None
-        return self.routed[:, list(MOE_LAYERS)]
+        return self.routed[:, list(self.shape.moe_layers)]
 
     def check_form(self) -> None:
         """Raise AssertionError unless the array is what vLLM's native path would have returned."""
         assert self.routed is not None, f"request {self.request}: no routed experts"
         rows = len(self.tokens) - 1 - self.prompt_start
-        assert self.routed.shape == (rows, NUM_LAYERS, TOP_K), (
+        shape = self.shape
+        assert self.routed.shape == (rows, shape.num_layers, shape.top_k), (
             f"request {self.request}: shape {self.routed.shape}, "
-            f"expected {(rows, NUM_LAYERS, TOP_K)}"
+            f"expected {(rows, shape.num_layers, shape.top_k)}"
         )
-        assert self.routed.dtype == np.uint8
-        dense = [layer for layer in range(NUM_LAYERS) if layer not in MOE_LAYERS]
+        assert self.routed.dtype == (np.uint8 if shape.num_experts <= 256 else np.uint16)
+        dense = [layer for layer in range(shape.num_layers) if layer not in shape.moe_layers]
         assert not self.routed[:, dense].any(), "a dense layer is not zero"
 
     def ordered_differences(self) -> int:

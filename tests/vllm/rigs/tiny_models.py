@@ -1,5 +1,6 @@
 """Tiny random Qwen3 models with a byte-level tokenizer, made on the spot."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,24 @@ TOP_K = 4
 NUM_LAYERS = 4
 MOE_LAYERS = (1, 2, 3)
 VOCAB_SIZE = 320
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many layers a model has, which of them route, and among how many experts."""
+
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+
+
+QWEN3_MOE = Shape(NUM_LAYERS, MOE_LAYERS, NUM_EXPERTS, TOP_K)
 EOS_TOKEN_ID = 257
 # Prompts are drawn from plain bytes, so that no prompt holds a special token.
 FIRST_PROMPT_TOKEN, LAST_PROMPT_TOKEN = 0, 255
 
-_COMMON = {
+COMMON = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -36,7 +50,7 @@ def make_moe(path: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     model = Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
-            **_COMMON,
+            **COMMON,
             num_experts=NUM_EXPERTS,
             num_experts_per_tok=TOP_K,
             moe_intermediate_size=32,
@@ -47,7 +61,7 @@ def make_moe(path: Path, seed: int = 0) -> Path:
     ).float()
     widen_gates(model)
     model.save_pretrained(path)
-    _make_tokenizer(path)
+    save_tokenizer(path)
     return path
 
 
@@ -82,12 +96,13 @@ def make_dense(path: Path) -> Path:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(**_COMMON)).float().save_pretrained(path)
-    _make_tokenizer(path)
+    Qwen3ForCausalLM(Qwen3Config(**COMMON)).float().save_pretrained(path)
+    save_tokenizer(path)
     return path
 
 
-def _make_tokenizer(path: Path) -> None:
+def save_tokenizer(path: Path) -> None:
+    """Write a tokenizer with a token for each byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

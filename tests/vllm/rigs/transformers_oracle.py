@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -57,9 +58,28 @@ class TransformersOracle:
 
         self._torch = torch
         self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self._scores: list[Any] = []
+        for module in self._model.modules():
+            if type(module).__name__.lower().endswith("router"):
+                module.register_forward_hook(self._note_scores)
+
+    def _note_scores(self, router: Any, _: Any, outputs: Any) -> None:
+        """Keep what the router chose its top-k of; Llama 4 returns its logits last."""
+        logits = [t for t in outputs if t.shape[-1] == router.num_experts][-1]
+        bias = getattr(router, "e_score_correction_bias", None)
+        # With neither bias nor groups the sigmoid keeps the order, and would only blur it.
+        if bias is not None and (bias.any() or router.num_group > 1):
+            logits = logits.sigmoid() + bias
+            if router.num_group > 1:
+                grouped = logits.unflatten(-1, (router.num_group, -1))
+                group_scores = grouped.topk(2, dim=-1)[0].sum(-1)
+                chosen = group_scores.topk(router.topk_group, dim=-1)[1]
+                left_out = self._torch.ones_like(group_scores).scatter(-1, chosen, 0).bool()
+                logits = grouped.masked_fill(left_out[..., None], -np.inf).flatten(-2)
+        self._scores.append(logits)
 
     def router_logits(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Router logits [T, L_moe, E] of each whole sequence of T token ids.
+        """Scores [T, L_moe, E] whose top-k each router takes, for each sequence of T token ids.
 
         Sequences are padded on the right, which a causal model does not see.
         """
@@ -70,11 +90,10 @@ class TransformersOracle:
             batch = by_length[start : start + _BATCH]
             width = len(sequences[batch[-1]])
             padded = [list(sequences[i]) + [0] * (width - len(sequences[i])) for i in batch]
+            self._scores.clear()
             with torch.no_grad():
-                layers = self._model.model(
-                    input_ids=torch.tensor(padded), output_router_logits=True
-                ).router_logits
-            logits = torch.stack([layer.view(len(batch), width, -1) for layer in layers], dim=2)
+                self._model.model(input_ids=torch.tensor(padded))
+            logits = torch.stack([s.view(len(batch), width, -1) for s in self._scores], dim=2)
             for row, i in zip(logits.numpy(), batch, strict=True):
                 found[i] = row[: len(sequences[i])]
         return [found[i] for i in range(len(sequences))]
