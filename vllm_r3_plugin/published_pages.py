@@ -44,10 +44,10 @@ class PublishedPages:
 
     def add(self, page: int, key: Hashable, block: int | None) -> None:
         """Publish a page under a key that has none."""
-        self._page_of_key[key] = page
-        self._key_of_page[page] = key
         if block is not None:
             self._block_of_page[page] = block
+        self._key_of_page[page] = key
+        self._page_of_key[key] = page  # last: what repair() trusts
 
     def remove(self, page: int) -> bool:
         """Withdraw a page; says whether no request refers to it."""

@@ -46,6 +46,7 @@ def test_the_formula_is_said_with_its_numbers():
 
 def test_a_store_for_which_there_is_no_memory_is_refused_in_one_sentence():
     scheduler = object.__new__(RoutingScheduler)
+    scheduler._r3_kv_blocks = None
     too_large = replace(bounds(), cached_tokens=1 << 50)
     with pytest.raises(MemoryError, match=r"refuses host memory .* expected up to .* max_bytes"):
         _build_store(scheduler, too_large)
