@@ -21,9 +21,9 @@ from .rollouts import Rollout
 class _Request:
     # (step, positions [n], tokens [n] or None, ids [n, L_moe, k]) of each forward or cache hit.
     rows: list[tuple[int, np.ndarray, np.ndarray | None, np.ndarray]] = field(default_factory=list)
-    # The step that produced each output token that was kept.
-    emitted: list[int] = field(default_factory=list)
-    num_prompt_tokens: int = 0
+    # For each token that the engine sampled and kept: the position that it was sampled at, which
+    # is that of the token before, and the step.
+    sampled: list[tuple[int, int]] = field(default_factory=list)
     num_preemptions: int = 0
 
 
@@ -55,6 +55,7 @@ class RouterHook:
                 self._wrap_router(module.router, module.layer_id)
         execute, forward = self.runner.execute_model, self.runner._model_forward
         update, preempt = self.scheduler.update_from_output, self.scheduler._preempt_request
+        update_request = self.scheduler._update_request_with_output
 
         def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             self._scheduled = scheduler_output
@@ -66,27 +67,32 @@ class RouterHook:
         def model_forward(input_ids: Any, positions: Any, *args: Any, **kwargs: Any) -> Any:
             self._layers.clear()
             result = forward(input_ids, positions, *args, **kwargs)
-            self._record(input_ids.numpy().copy(), positions.numpy().copy())
+            # Without token ids the prompts are embeddings, and tokens are not compared.
+            tokens = np.full(len(positions), -1) if input_ids is None else input_ids.numpy().copy()
+            self._record(tokens, positions.numpy().copy())
             return result
 
         def update_from_output(scheduler_output: Any, *args: Any) -> Any:
             known = {
-                r: (self.scheduler.requests[r], self.scheduler.requests[r].num_output_tokens)
+                r: self.scheduler.requests[r]
                 for r in scheduler_output.num_scheduled_tokens
                 if r in self.scheduler.requests
             }
-            was_preempted = {
-                r for r, (request, _) in known.items() if request.status.name == "PREEMPTED"
-            }
+            was_preempted = {r for r in known if known[r].status.name == "PREEMPTED"}
+            self._updated_step, _ = self._step_of.pop(id(scheduler_output))
             result = update(scheduler_output, *args)
-            step, _ = self._step_of.pop(id(scheduler_output))
-            for name, (request, before) in known.items():
-                seen = self.requests[name]
-                seen.num_prompt_tokens = request.num_prompt_tokens
-                seen.num_preemptions = request.num_preemptions
-                seen.emitted += [step] * (request.num_output_tokens - before)
+            for name, request in known.items():
+                self.requests[name].num_preemptions = request.num_preemptions
                 self.finished_while_preempted += name in was_preempted and request.is_finished()
             return result
+
+        def update_request_with_output(request: Any, *args: Any, **kwargs: Any) -> Any:
+            before = request.num_tokens
+            kept, stopped = update_request(request, *args, **kwargs)
+            self.requests[request.request_id].sampled += [
+                (before - 1 + i, self._updated_step) for i in range(len(kept))
+            ]
+            return kept, stopped
 
         def preempt_request(request: Any, *args: Any, **kwargs: Any) -> Any:
             self.preempted_in_flight += request.num_in_flight_tokens > 0
@@ -94,6 +100,7 @@ class RouterHook:
 
         self.runner.execute_model, self.runner._model_forward = execute_model, model_forward
         self.scheduler.update_from_output = update_from_output
+        self.scheduler._update_request_with_output = update_request_with_output
         self.scheduler._preempt_request = preempt_request
 
     def _wrap_router(self, router: Any, layer: int) -> None:
@@ -150,21 +157,21 @@ class RouterHook:
     def expected(self, request: str, tokens: Sequence[int]) -> tuple[np.ndarray, int]:
         """The rows [T-1, L_moe, k] of a request's final `tokens`: the first that were emitted.
 
-        An output token's row is the one of the step that produced the next token; prompt rows
-        leave with the first output token. The second value counts the rows that were computed
-        again later with other experts.
+        A row is the one of the step that sampled the next token, and leaves with it; rows of a
+        prompt leave with the first token sampled behind them. The second value counts the rows that
+        were computed again later with other experts.
         """
         seen = self.requests[request]
         num_rows = len(tokens) - 1
-        output_index = np.maximum(np.arange(num_rows) - (seen.num_prompt_tokens - 1), 0)
-        emitted_at = np.array(seen.emitted)[output_index]
+        positions, steps = np.array(seen.sampled).T
+        emitted_at = steps[np.searchsorted(positions, np.arange(num_rows))]
         first = np.full((num_rows, *seen.rows[0][3].shape[1:]), -1, np.int64)
         last = first.copy()
         token_array = np.array(tokens)
         for step, position, token, ids in seen.rows:
             keep = position < num_rows
             if token is not None:
-                keep[keep] &= token[keep] == token_array[position[keep]]
+                keep[keep] &= (token[keep] == token_array[position[keep]]) | (token[keep] < 0)
             last[position[keep]] = ids[keep]
             keep[keep] &= step <= emitted_at[position[keep]]
             first[position[keep]] = ids[keep]
