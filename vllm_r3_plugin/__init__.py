@@ -9,6 +9,12 @@ from __future__ import annotations
 
 import logging
 
+from vllm_r3_plugin.fetching import NotHeldError as NotHeldError
+from vllm_r3_plugin.fetching import fetch as fetch
+from vllm_r3_plugin.fetching import fetch_async as fetch_async
+
+__all__ = ["NotHeldError", "fetch", "fetch_async", "register"]
+
 
 def register() -> None:
     """Take over ``--enable-return-routed-experts``; may run any number of times, in any process.

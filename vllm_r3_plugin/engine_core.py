@@ -8,6 +8,8 @@ from typing import Any
 
 from shared_schema import RoutingLayout
 from vllm_r3_plugin.journal import Journal
+from vllm_r3_plugin.late_outputs import LateOutputs
+from vllm_r3_plugin.out_of_band import OutOfBand
 from vllm_r3_plugin.scheduler_factory import SchedulerFactory
 from vllm_r3_plugin.wrapping import wrap_once
 
@@ -20,7 +22,10 @@ def install() -> None:
 
     wrap_once(EngineCore, "_initialize_kv_caches", _initialize_kv_caches)
     wrap_once(EngineCoreProc, "_send_finish_outputs_to_client", _send_finish_outputs_to_client)
+    wrap_once(EngineCore, "step", _step)
+    wrap_once(EngineCore, "step_with_batch_queue", _step)
     EngineCore.moe_r3_abort = moe_r3_abort
+    EngineCore.moe_r3_fetch = moe_r3_fetch
     EngineCore.moe_r3_layout = moe_r3_layout
 
 
@@ -81,6 +86,27 @@ def moe_r3_layout(engine_core: Any) -> dict[str, Any]:
     """What the workers capture; a method of ``EngineCore``, for front ends."""
     layout: RoutingLayout = engine_core.scheduler.r3_layout
     return layout.to_dict()
+
+
+def moe_r3_fetch(engine_core: Any, ticket: str, stop: int | None, row: int | None) -> Any:
+    """Some rows that are held under ``ticket``; a method of ``EngineCore``, for front ends.
+
+    Returns:
+        a future of what :meth:`OutOfBand.read` returns, for which the engine core does not wait; or
+        the reason why there are none.
+
+    """
+    out_of_band: OutOfBand = engine_core.scheduler.r3_out_of_band
+    return out_of_band.read(ticket, stop, row)
+
+
+def _step(original: Callable[..., Any], self: Any) -> Any:
+    """Let large rows follow the step's other outputs, where a queue takes them."""
+    outputs, executed = original(self)
+    late: LateOutputs | None = getattr(self.scheduler, "r3_late", None)
+    if late is not None and outputs:
+        late.send(outputs, getattr(self, "output_queue", None))
+    return outputs, executed
 
 
 def _initialize_kv_caches(original: Callable[..., Any], self: Any, vllm_config: Any) -> Any:

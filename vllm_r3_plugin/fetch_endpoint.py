@@ -9,7 +9,8 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import StreamingResponse
 
-from vllm_r3_plugin.fetching import PATH, NotHeldError, Ticket, fetch_as_asked
+from vllm_r3_plugin.fetching import NotHeldError, Ticket, fetch_as_asked
+from vllm_r3_plugin.received_rows import FETCH_PATH
 from vllm_r3_plugin.wrapping import wrap_once
 
 _AT_ONCE = 4
@@ -28,7 +29,7 @@ def _register(original: Callable[..., Any], app: FastAPI) -> None:
     original(app)
     slots = asyncio.Semaphore(_AT_ONCE)
 
-    @app.get(PATH + "{ticket}", response_class=StreamingResponse)
+    @app.get(FETCH_PATH + "{ticket}", response_class=StreamingResponse)
     async def routed_experts(
         ticket: str, request: Request, stop: int | None = None
     ) -> StreamingResponse:

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shared_schema import RoutedExperts, RoutingLayout, RowStatus, Span, encode, to_vllm_native
+from shared_schema import RoutedExperts, RoutingLayout, Span, encode, to_vllm_native
 from shared_schema.formats.vllm import dump_npy
+from vllm_r3_plugin.received_rows import FETCH_PATH, why_incomplete
 
-PATH = "/v1/routed_experts/"
-"""Under /v1, where vLLM asks for the server's API key."""
 _METHOD = "moe_r3_fetch"
 
 
@@ -41,12 +40,10 @@ class Fetched(NamedTuple):
             return encode(self.routed)
         sentinel = self.unrecorded == "sentinel"
         if not sentinel and not self.routed.is_complete:
-            status = np.asarray(self.routed.status)
-            first = int(np.flatnonzero(status)[0])
+            why = why_incomplete(self.routed.token_start, np.asarray(self.routed.status))
             raise NotHeldError(
-                f"{np.count_nonzero(status)} of {len(status)} rows are unrecorded, the first at "
-                f"position {self.routed.token_start + first} ({RowStatus(status[first]).name}), "
-                'expected none for an array: ask for r3_encoding "r3" or r3_unrecorded "sentinel".'
+                f"{why.removesuffix('.')}, expected none for an array: ask for r3_encoding "
+                '"r3" or r3_unrecorded "sentinel".'
             )
         return dump_npy(to_vllm_native(self.routed, sentinel=sentinel))
 
@@ -66,7 +63,7 @@ class Ticket(NamedTuple):
     @classmethod
     def of(cls, text: str) -> Ticket:
         """Read the path that a response names, or the end of it."""
-        held_under, _, query = text.removeprefix(PATH).partition("?stop=")
+        held_under, _, query = text.removeprefix(FETCH_PATH).partition("?stop=")
         return cls(held_under, int(query) if query else None)
 
     @property

@@ -48,24 +48,37 @@ class FrozenRows(NamedTuple):
         layout: RoutingLayout,
     ) -> Rows:
         """Copies of the rows at positions ``start`` … ``stop - 1``, all of them among these."""
-        size = pool.shape[1]
-        first = start // size
-        pages = self.pages[first - self.start // size : -(-stop // size) - self.start // size]
-        within = slice(start - first * size, stop - first * size)
-        status = statuses[pages]
-        status[pages == NOWHERE] = self.missing
-        flat_status = status.reshape(-1)[within]
-        hits = flat_status[: max(0, self.floor - start)]
-        hits[hits == RowStatus.STEP_LOST] = RowStatus.EVICTED
+        pages, within = self._pages(start, stop, pool.shape[1])
+        status = self.read_status(start, stop, statuses)
         ids = pool[pages].reshape(-1, *pool.shape[2:])[within]
         if self.kept is not None:
-            kept_ids, kept_status = self.kept
-            num_kept = max(0, min(stop, len(kept_status)) - start)
-            ids[:num_kept] = kept_ids[start : start + num_kept]
-            flat_status[:num_kept] = kept_status[start : start + num_kept]
+            kept_ids = self.kept[0][start:stop]
+            ids[: len(kept_ids)] = kept_ids
         if ids.size and layout.num_experts <= ids.max():
             beyond = (ids >= layout.num_experts).any((1, 2))
-            flat_status[beyond & (flat_status == RowStatus.RECORDED)] = RowStatus.INVALID
-        if flat_status.any():
-            ids[flat_status != RowStatus.RECORDED] = layout.fill_id
-        return ids, flat_status
+            status[beyond & (status == RowStatus.RECORDED)] = RowStatus.INVALID
+        if status.any():
+            ids[status != RowStatus.RECORDED] = layout.fill_id
+        return ids, status
+
+    def read_status(
+        self, start: int, stop: int, statuses: UInt8[np.ndarray, "pages B"]
+    ) -> UInt8[np.ndarray, " T"]:
+        """Status of each of these rows, before a look at its ids."""
+        pages, within = self._pages(start, stop, statuses.shape[1])
+        by_page: UInt8[np.ndarray, "n B"] = statuses[pages]
+        by_page[pages == NOWHERE] = self.missing
+        status: UInt8[np.ndarray, " T"] = by_page.reshape(-1)[within]
+        hits = status[: max(0, self.floor - start)]
+        hits[hits == RowStatus.STEP_LOST] = RowStatus.EVICTED
+        if self.kept is not None:
+            kept_status = self.kept[1][start:stop]
+            status[: len(kept_status)] = kept_status
+        return status
+
+    def _pages(self, start: int, stop: int, size: int) -> tuple[Int[np.ndarray, " n"], slice]:
+        """Pages of these rows, and which of the pages' rows they are."""
+        first = start // size
+        skipped = self.start // size
+        pages = self.pages[first - skipped : -(-stop // size) - skipped]
+        return pages, slice(start - first * size, stop - first * size)

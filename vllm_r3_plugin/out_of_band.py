@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from vllm_r3_plugin.frozen_rows import FrozenRows
 from vllm_r3_plugin.held_requests import HeldRequests, HeldRows
+from vllm_r3_plugin.in_flight import ticket_array
 from vllm_r3_plugin.page_store import PageStore
 from vllm_r3_plugin.request_options import RequestOptions
 from vllm_r3_plugin.row_reader import RowReader
@@ -34,10 +36,10 @@ class OutOfBand:
     by itself and cannot wait for an answer then.
     """
 
-    def __init__(self, store: PageStore, held: HeldRequests) -> None:
+    def __init__(self, store: PageStore, held: HeldRequests, reader: RowReader) -> None:
         self._store = store
         self._held = held
-        self._reader = RowReader(store)
+        self._reader = reader
         self._under_way: dict[str, Ticketed] = {}
         self._request_of_ticket: dict[str, str] = {}
         self._unannounced: set[str] = set()
@@ -53,40 +55,25 @@ class OutOfBand:
         self._unannounced.add(request.request_id)
 
     def announce(self, outputs: Mapping[int, Any]) -> None:
-        """Send tickets along with the first outputs of their requests.
-
-        The front end drops an entry of the array for each token behind a stop string; one is left.
-        """
+        """Send tickets along with the first outputs of their requests."""
         if not self._unannounced:
             return
         for core_outputs in outputs.values():
             for output in core_outputs.outputs:
                 if output.request_id in self._unannounced:
                     self._unannounced.discard(output.request_id)
-                    ticket = self._under_way[output.request_id].ticket.encode()
-                    copies = len(output.new_token_ids) + 1
-                    output.routed_experts = np.tile(np.frombuffer(ticket, np.int8), (copies, 1))
+                    ticket = self._under_way[output.request_id].ticket
+                    output.routed_experts = ticket_array(ticket, len(output.new_token_ids))
 
-    def hold(self, request_id: str, stop: int) -> None:
+    def hold(self, request_id: str, stop: int) -> FrozenRows | None:
         """Keep the rows up to position ``stop``, in place of what was kept for this request."""
         ticketed = self._under_way[request_id]
         start = ticketed.options.start
-        if start <= stop:
-            rows = self._store.freeze(request_id, start, stop)
-            self._held.hold(ticketed.ticket, rows, ticketed.options)
-
-    def hold_if_ended_by_stop_string(self, request: Any) -> None:
-        """Keep the rows of a request that is freed, if it is the front end that may have ended it.
-
-        Any other request that is freed before its end was left by its client.
-        """
-        ticketed = self._under_way.get(request.request_id)
-        if ticketed is None or not request.sampling_params.stop or not request.num_output_tokens:
-            return
-        stop = request.num_tokens - 1
-        held = self._held.find(ticketed.ticket)
-        if held is None or held.rows.stop != stop:
-            self.hold(request.request_id, stop)
+        if stop < start:
+            return None
+        rows = self._store.freeze(request_id, start, stop)
+        self._held.hold(ticketed.ticket, rows, ticketed.options)
+        return rows
 
     def forget(self, request_id: str) -> None:
         """The request has been released; what is held stays."""
@@ -95,21 +82,10 @@ class OutOfBand:
             del self._request_of_ticket[ticketed.ticket]
             self._unannounced.discard(request_id)
 
-    def release(self) -> None:
-        """Give up pages that nobody reads any more; to be called now and then."""
-        self._reader.release()
-        self._held.release_expired()
-
     def start_over(self, store: PageStore) -> None:
         """Another store has taken the place of the one so far, and no request is in it."""
-        self._reader.shutdown()
         self._store = store
-        self._reader = RowReader(store)
         self._held.start_over(store)
-
-    def shutdown(self) -> None:
-        """Answer who is waiting, and stop."""
-        self._reader.shutdown()
 
     def read(self, ticket: str, stop: int | None, row: int | None) -> Future[dict[str, Any]] | str:
         """Some rows of ``ticket``, from position ``row`` or the first on, read in another thread.
@@ -134,7 +110,7 @@ class OutOfBand:
                 f"it asks for rows {row} to {stop}, expected some of {held.rows.start} to "
                 f"{held.rows.stop}: pass it as the response gave it."
             )
-        return self._reader.submit(held.rows, lambda: self._read(store, held, row, stop))
+        return self._reader.submit(store, held.rows, lambda: self._read(store, held, row, stop))
 
     def _find(self, ticket: str, stop: int | None) -> HeldRows | None:
         held = self._held.find(ticket)

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Integer
+from jaxtyping import Int, Integer, UInt8
 
 from shared_schema import RoutingLayout, RowStatus
 from vllm_r3_plugin.frozen_rows import NOWHERE, FrozenRows, Rows
@@ -249,6 +249,10 @@ class PageStore:
         self._pins[pages] -= 1
         self._num_pinned_pages -= len(pages)
         self._drop_references(pages)
+
+    def status_of(self, rows: FrozenRows) -> UInt8[np.ndarray, " T"]:
+        """Status of each row, without a look at its ids."""
+        return rows.read_status(rows.start, rows.stop, self._status)
 
     def nbytes_of(self, rows: FrozenRows) -> int:
         """Bytes of the pages of ``rows``, and of what is kept beside them."""

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shared_schema import RoutedExperts, RoutingLayout, RowStatus, Span, encode, to_vllm_native
-from vllm_r3_plugin.fetching import PATH
 from vllm_r3_plugin.frozen_rows import Rows
 from vllm_r3_plugin.in_flight import is_void, rows_of, ticket_of
 from vllm_r3_plugin.request_options import RequestOptions
 
+FETCH_PATH = "/v1/routed_experts/"
+"""Under /v1, where vLLM asks for the server's API key."""
 _UNLABELLED = "default"
 """vLLM's weight version where nobody has set one."""
 
@@ -54,7 +55,7 @@ class ReceivedRows:
         ticket = None if self.array is None else ticket_of(self.array)
         if ticket is not None:
             end = "" if self.stop is None else f"?stop={self.stop}"
-            return Delivery(path=f"{PATH}{ticket}{end}")
+            return Delivery(path=f"{FETCH_PATH}{ticket}{end}")
         ids, status = self._rows(layout)
         start = self.options.start
         spans = tuple(self._spans(start, start + len(status)))

@@ -12,15 +12,22 @@ import numpy as np
 
 from shared_schema import RoutingLayout, RowStatus
 from vllm_r3_plugin import metrics, releases
+from vllm_r3_plugin.held_requests import HeldRequests
 from vllm_r3_plugin.in_flight import rows_array, void_array
 from vllm_r3_plugin.journal import Guard, Journal, logger
 from vllm_r3_plugin.kv_blocks import KVBlocks
+from vllm_r3_plugin.late_outputs import LateOutputs
 from vllm_r3_plugin.memory import MemoryBounds
 from vllm_r3_plugin.options import R3Options
+from vllm_r3_plugin.out_of_band import OutOfBand
 from vllm_r3_plugin.page_store import PageStore, PendingHit
 from vllm_r3_plugin.received_rows import why_incomplete
 from vllm_r3_plugin.request_options import RequestOptions
+from vllm_r3_plugin.row_reader import RowReader
 from vllm_r3_plugin.step_rows import STEP_ROWS_ATTRIBUTE, StepRows
+
+_READ_AT_ONCE = 1 << 20
+"""Bytes of rows that leave with the outputs of a step; those of further requests leave later."""
 
 
 @dataclass
@@ -87,6 +94,16 @@ class RoutingScheduler:
         logger.info("moe-r3: %s", self._r3_bounds)
         self._r3_kv_blocks = KVBlocks(self.kv_cache_manager, self.hash_block_size)
         self.r3_store = _build_store(self, self._r3_bounds)
+        self.r3_reader = RowReader()
+        self.r3_late = LateOutputs(self.r3_reader, self.r3_journal)
+        self.r3_held = HeldRequests(
+            self.r3_store,
+            self.vllm_config.parallel_config.data_parallel_index,
+            self._r3_options.fetch_max_bytes,
+            self._r3_options.fetch_ttl_s,
+            self.r3_journal,
+        )
+        self.r3_out_of_band = OutOfBand(self.r3_store, self.r3_held, self.r3_reader)
         self._r3_num_loaded: dict[str, int] = {}
         if self.connector is not None:
             self._r3_watch_loads()
@@ -99,6 +116,7 @@ class RoutingScheduler:
         self._r3_step_number = 0
         self._r3_retired: deque[tuple[int, str]] = deque()
         self._r3_outgoing: dict[str, np.ndarray[Any, Any]] = {}
+        self._r3_outgoing_nbytes = 0
 
     # --- what vLLM calls ---------------------------------------------------------------------
 
@@ -109,6 +127,8 @@ class RoutingScheduler:
         step = Step(self._r3_step_number, [])
         self._r3_steps.append(step)
         with self.r3_journal.guard("releasing requests"):
+            self.r3_reader.release()
+            self.r3_held.release_expired()
             self._r3_release_retired()
         for new in scheduler_output.scheduled_new_reqs:
             with self._r3_guard("admitting a request", (new.req_id,)):
@@ -138,6 +158,8 @@ class RoutingScheduler:
                 self.r3_journal.fail("settling draft tokens", error, give_up)
         with self.r3_journal.guard("sending rows", lambda: self._r3_withdraw(outputs)):
             self._r3_send(outputs)
+        with self.r3_journal.guard("announcing tickets"):
+            self.r3_out_of_band.announce(outputs)
         with self.r3_journal.guard("sending metrics"):
             metrics.send(outputs, self.r3_journal, self.r3_store.nbytes)
         return outputs
@@ -158,6 +180,7 @@ class RoutingScheduler:
     def shutdown(self) -> None:
         """Shut down; say what was counted."""
         self.r3_journal.report()
+        self.r3_reader.shutdown()
         super().shutdown()  # type: ignore[misc]
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
@@ -178,6 +201,8 @@ class RoutingScheduler:
         return bool(finished)
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._r3_guard("keeping rows to be fetched", (request.request_id,)):
+            self._r3_hold_if_ended_by_stop_string(request)
         self._r3_remember_blocks(request)
         result = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
         # Steps in flight may still write KV blocks that other requests hit: keep taking its rows.
@@ -206,6 +231,9 @@ class RoutingScheduler:
                 tracked = self._r3_tracked.get(request_id)
                 if tracked is None or not tracked.request.num_output_tokens:
                     continue
+                if request_id in self.r3_out_of_band:
+                    self._r3_hold(tracked)
+                    continue
                 if from_start:
                     tracked.sent = tracked.options.start
                 rows = self._r3_take(tracked)
@@ -225,7 +253,9 @@ class RoutingScheduler:
             options = RequestOptions.of(request.sampling_params, self._r3_options)
             tracked = TrackedRequest(request, options)
             self._r3_tracked[request_id] = tracked
-            if tracked.leaves_with_each_output:
+            if tracked.is_returned and options.delivery == "fetch":
+                self.r3_out_of_band.begin(request, options)
+            elif tracked.leaves_with_each_output:
                 self._r3_riding.add(request_id)
         elif request_id in self._r3_restarted:
             self._r3_restarted.discard(request_id)
@@ -274,6 +304,7 @@ class RoutingScheduler:
         # Without memory for another store there is none: requests are given up until there is.
         vars(self).pop("r3_store", None)
         self.r3_store = _build_store(self, self._r3_bounds)
+        self.r3_out_of_band.start_over(self.r3_store)
 
     def _r3_note_dropped_output(self, request: Any) -> None:
         if releases.discards_output(request):
@@ -323,6 +354,8 @@ class RoutingScheduler:
     def _r3_release_retired(self) -> None:
         oldest = self._r3_steps[0].number if self._r3_steps else self._r3_step_number + 1
         while self._r3_retired and self._r3_retired[0][0] < oldest:
+            if self._r3_retired[0][1] in self.r3_late:
+                return
             _, request_id = self._r3_retired.popleft()
             with self._r3_guard("releasing a request", (request_id,)):
                 self._r3_count_served(request_id)
@@ -330,6 +363,7 @@ class RoutingScheduler:
             self._r3_tracked.pop(request_id, None)
             self._r3_kv_blocks.forget(request_id)
             self._r3_num_loaded.pop(request_id, None)
+            self.r3_out_of_band.forget(request_id)
             for members in (
                 self._r3_riding,
                 self._r3_dropping,
@@ -349,12 +383,49 @@ class RoutingScheduler:
 
     def _r3_collect(self, request: Any) -> None:
         tracked = self._r3_tracked.get(request.request_id)
-        if tracked is not None:
-            rows = self._r3_take(tracked)
-            if rows is not None:
-                self._r3_outgoing[request.request_id] = rows
-            if tracked.is_returned:
-                tracked.kept = request.num_tokens - 1
+        if tracked is None or not tracked.is_returned:
+            return
+        nbytes = (request.num_tokens - 1 - tracked.sent) * self.r3_layout.row_nbytes
+        if request.request_id in self.r3_out_of_band:
+            self._r3_hold(tracked)
+        elif self._r3_outgoing and self._r3_outgoing_nbytes + nbytes > _READ_AT_ONCE:
+            self._r3_put_off(tracked)
+        elif (rows := self._r3_take(tracked)) is not None:
+            self._r3_outgoing[request.request_id] = rows
+            self._r3_outgoing_nbytes += nbytes
+        tracked.kept = request.num_tokens - 1
+
+    def _r3_hold(self, tracked: TrackedRequest) -> None:
+        """Keep the rows of a request that ends here, to be fetched."""
+        request_id, stop = tracked.request.request_id, tracked.request.num_tokens - 1
+        rows = self.r3_out_of_band.hold(request_id, stop)
+        tracked.sent = stop
+        if rows is not None:
+            self._r3_account(tracked, rows.start, self.r3_store.status_of(rows))
+
+    def _r3_hold_if_ended_by_stop_string(self, request: Any) -> None:
+        """Only the front end knows; any other request freed before its end lost its client."""
+        tracked = self._r3_tracked.get(request.request_id)
+        if (
+            tracked is not None
+            and request.request_id in self.r3_out_of_band
+            and request.sampling_params.stop
+            and tracked.sent < request.num_tokens - 1
+            and request.num_output_tokens
+        ):
+            self._r3_hold(tracked)
+
+    def _r3_put_off(self, tracked: TrackedRequest) -> None:
+        """Let the rows of a request that ends here be read by another thread."""
+        request_id, stop = tracked.request.request_id, tracked.request.num_tokens - 1
+        rows = self.r3_store.freeze(request_id, tracked.sent, stop)
+        tracked.sent = stop
+        self.r3_late.put_off(
+            request_id,
+            self.r3_store,
+            rows,
+            lambda status: self._r3_account(tracked, rows.start, status),
+        )
 
     def _r3_send(self, outputs: dict[int, Any]) -> None:
         if not self._r3_outgoing and not self._r3_riding:
@@ -370,6 +441,7 @@ class RoutingScheduler:
                         rows = self._r3_take(self._r3_tracked[request_id])
                 output.routed_experts = rows
         self._r3_outgoing.clear()
+        self._r3_outgoing_nbytes = 0
 
     def _r3_withdraw(self, outputs: dict[int, Any]) -> None:
         self._r3_outgoing.clear()
@@ -386,13 +458,15 @@ class RoutingScheduler:
             return None
         ids, status = self.r3_store.read(request.request_id, start, stop)
         tracked.sent = stop
-        if status.any():
-            self._r3_note_unrecorded(tracked, start, status)
+        self._r3_account(tracked, start, status)
         return rows_array(ids, status)
 
-    def _r3_note_unrecorded(
+    def _r3_account(
         self, tracked: TrackedRequest, start: int, status: np.ndarray[Any, Any]
     ) -> None:
+        """Count the rows from position ``start`` that leave unrecorded."""
+        if not status.any():
+            return
         for value, number in enumerate(np.bincount(status).tolist()):
             if value != RowStatus.RECORDED and number:
                 self.r3_journal.count(metrics.ROWS_UNRECORDED + RowStatus(value).name, number)

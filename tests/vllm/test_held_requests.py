@@ -106,7 +106,6 @@ class HistoryWithHolds(History):
 
     def __init__(self, cached_pages):
         super().__init__(cached_pages)
-        self.reader = RowReader(self.store)
         self.held = []
 
     def hold(self, name, start):
@@ -239,7 +238,7 @@ def test_pages_being_read_are_not_given_away_when_their_ticket_expires():
     import threading
 
     store, held, clock, _ = make_held()
-    reader, may_read = RowReader(store), threading.Event()
+    reader, may_read = RowReader(), threading.Event()
     ticket = hold(store, held, "a", SIZE)
     rows = held.find(ticket).rows
 
@@ -247,7 +246,7 @@ def test_pages_being_read_are_not_given_away_when_their_ticket_expires():
         may_read.wait(60)
         return store.read_frozen(rows, 0, SIZE)
 
-    future = reader.submit(rows, read)
+    future = reader.submit(store, rows, read)
     clock.now += 1000
     assert held.find(ticket) is None
     reader.release()
