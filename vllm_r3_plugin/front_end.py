@@ -24,6 +24,8 @@ from vllm_r3_plugin.wrapping import wrap_once
 _journal = Journal()
 _OPTIONS = "moe_r3_options"
 """Attribute of a request's sampling parameters, and of its state."""
+_TURNS = "moe_r3_turns"
+"""Attribute of a session's state: length of its prompt when a turn ended, and tokens replaced."""
 _LAYOUT = "moe_r3_layout"
 """Attribute of an engine, and the method of its engine core."""
 _INLINE_BYTES = 1 << 17
@@ -112,7 +114,6 @@ def _add_request(
     original(self, request, prompt, parent_req, request_index, *args, **kwargs)
     if options is not None and is_new:
         state = self.request_states[request.request_id]
-        # What a session's further inputs make of its positions is known to the engine core only.
         setattr(state, _OPTIONS, (options, request.resumable))
 
 
@@ -150,13 +151,24 @@ def _received(state: Any, output: Any, rows: Any) -> Any:
     num_tokens = state.detokenizer.num_output_tokens()
     if options.routing == "off" or not num_tokens:
         return None
-    if is_session:
-        return ReceivedRows(rows, options)
     # The row that sampled a token is that of the token before it.
     first = state.prompt_len - 1
+    if is_session:
+        return ReceivedRows(rows, options, first + num_tokens - _replaced_tokens(state))
     known = getattr(output, "weight_versions", None) or ()
     versions = [(v.version, first + v.start, first + v.end) for v in known]
     return ReceivedRows(rows, options, first + num_tokens, versions)
+
+
+def _replaced_tokens(state: Any) -> int:
+    """Tokens of a session in whose place another turn began: the last one of each turn before.
+
+    To be called when a turn ends; another one began if the prompt has grown since the last call.
+    """
+    prompt_len, replaced = getattr(state, _TURNS, (state.prompt_len, 0))
+    replaced += state.prompt_len != prompt_len
+    setattr(state, _TURNS, (state.prompt_len, replaced))
+    return int(replaced)
 
 
 def _set(completion: Any, delivery: Delivery) -> None:
