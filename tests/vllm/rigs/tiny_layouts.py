@@ -57,23 +57,6 @@ LAYOUTS = {
         {**_BIASED, "n_group": 4, "topk_group": 2},
         gate_std=0.15,
     ),
-    "latent attention, groups of experts": TinyLayout(
-        "DeepseekV3",
-        Shape(3, (1, 2), 32, 4),
-        {
-            **_BIASED,
-            "n_group": 4,
-            "topk_group": 2,
-            "topk_method": "noaux_tc",
-            "num_key_value_heads": 4,
-            "kv_lora_rank": 32,
-            "q_lora_rank": 32,
-            "qk_nope_head_dim": 32,
-            "qk_rope_head_dim": 32,
-            "v_head_dim": 32,
-        },
-        gate_std=0.15,
-    ),
     "shared expert behind a gate": TinyLayout(
         "Qwen2Moe",
         Shape(3, (0, 1, 2), 16, 4),
