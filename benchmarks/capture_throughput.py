@@ -1,8 +1,10 @@
 """Rollout throughput with capture on and off, on real engines, interleaved.
 
 Three engines stay up, each in a process of its own: one with capture and two without. In each
-round all of them generate from the same prompts, one after another, in a rotating order. The two
-engines without capture, compared with each other, show the noise (A/A).
+round all of them generate from the same prompts, one after another, in a rotating order, for each
+setting: so many requests at once, of one turn, and conversations of several turns, each of which
+returns the routing of its whole history. The two engines without capture, compared with each other,
+show the noise (A/A).
 
 The CPU time of our own code is measured inside the engine with capture: what it adds to the methods
 of vLLM's model runner and scheduler that it wraps or extends, over the CPU time of the engine's
@@ -16,21 +18,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks._measure import finish, median_interval, surroundings
+from benchmarks._measure import finish, paired_ratio, surroundings
 
 ENGINES = ("on", "off", "off again")
 RUNNER_METHODS = ("execute_model", "sample_tokens")
-SCHEDULER_METHODS = (
-    "schedule",
-    "update_from_output",
-    "_preempt_request",
-    "_handle_stopped_request",
-    "_free_request",
-)
 
 
 def make_model(path: Path, hidden_size: int, layers: int) -> Path:
@@ -66,8 +61,9 @@ class HookTimer:
             setattr(runner, name, self._timed(getattr(runner, name), +1))
             setattr(capture, f"_{name}", self._timed(getattr(capture, f"_{name}"), -1))
         ours, vllms = type(scheduler).__mro__[1:3]
-        for name in SCHEDULER_METHODS:
-            assert name in vars(ours), f"{ours.__name__} does not extend {name}"
+        extended = [n for n in vars(ours) if hasattr(vllms, n) and not n.startswith("__")]
+        assert {"schedule", "update_from_output"} <= {*extended}, f"{ours} is not our scheduler"
+        for name in extended:
             setattr(scheduler, name, self._timed(getattr(scheduler, name), +1))
             setattr(vllms, name, self._timed(getattr(vllms, name), -1))
 
@@ -103,29 +99,63 @@ def serve_rounds(connection: Any, model: str, capture: bool, settings: dict[str,
 
     llm.llm_engine.step = timed_step
     while (work := connection.recv()) is not None:
-        prompts, max_tokens = work
+        turns, max_tokens = work
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, detokenize=False)
-        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        histories: list[list[int]] = [[] for _ in turns[0]]
         hook_before, steps_before = timer.seconds if timer else 0.0, step_seconds
         start = time.perf_counter()
-        outputs = llm.generate(inputs, params, use_tqdm=False)
+        for turn in turns:
+            histories = [[*h, *new] for h, new in zip(histories, turn, strict=True)]
+            inputs = [{"prompt_token_ids": history} for history in histories]
+            outputs = [o.outputs[0] for o in llm.generate(inputs, params, use_tqdm=False)]
+            returned = [output.routed_experts is not None for output in outputs]
+            assert all(returned) == any(returned) == capture, "capture is not as it was asked for"
+            histories = [[*h, *o.token_ids] for h, o in zip(histories, outputs, strict=True)]
         seconds = time.perf_counter() - start
-        returned = [output.outputs[0].routed_experts is not None for output in outputs]
-        assert all(returned) == any(returned) == capture, "capture is not as it was asked for"
         hook = (timer.seconds - hook_before) if timer else 0.0
-        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-        connection.send((tokens / seconds, hook / (step_seconds - steps_before)))
+        rate = len(turns) * len(histories) * max_tokens / seconds
+        connection.send((rate, hook / (step_seconds - steps_before)))
+
+
+class Setting(NamedTuple):
+    """Requests at once, and turns of each conversation."""
+
+    concurrency: int
+    turns: int
+
+    def prompts(self, rng: np.random.Generator, tokens: int) -> list[list[list[int]]]:
+        """What is new in each turn, for each conversation."""
+        prompts: list[list[list[int]]] = rng.integers(
+            10, 2000, (self.turns, self.concurrency, tokens)
+        ).tolist()
+        return prompts
+
+
+def figures(rates: dict[str, list[float]], shares: list[float]) -> dict[str, Any]:
+    """What the rounds of a setting say."""
+    on_off, interval = paired_ratio(rates["on"], rates["off"])
+    aa, aa_interval = paired_ratio(rates["off again"], rates["off"])
+    return {
+        "ratio_on_off": on_off,
+        "interval": interval,
+        "aa_ratio": aa,
+        "aa_interval": aa_interval,
+        "hook_cpu_share": float(np.median(shares)),
+        "tokens_per_second_off": float(np.median(rates["off"])),
+    }
 
 
 def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
     """Run all rounds; returns the result without surroundings."""
     from rich.progress import track
 
-    settings = {
+    settings = [Setting(concurrency, 1) for concurrency in args.concurrency]
+    settings += [Setting(min(args.concurrency), args.turns)] if args.turns > 1 else []
+    engine = {
         "skip_tokenizer_init": True,
-        "max_model_len": args.prompt_tokens + args.output_tokens,
-        "max_num_seqs": args.concurrency,
-        "enforce_eager": True,
+        "max_model_len": args.turns * (args.prompt_tokens + args.output_tokens),
+        "max_num_seqs": max(args.concurrency),
+        "enforce_eager": not args.graphs,
         "disable_log_stats": True,
     }
     spawn = mp.get_context("spawn")
@@ -133,36 +163,33 @@ def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
     for name in track(ENGINES, "engine starts"):
         connections[name], theirs = spawn.Pipe()
         process = spawn.Process(
-            target=serve_rounds, args=(theirs, model, name == "on", settings), daemon=True
+            target=serve_rounds, args=(theirs, model, name == "on", engine), daemon=True
         )
         process.start()
         theirs.close()
         processes.append(process)
         connections[name].recv()
     rng = np.random.default_rng(0)
-    rates: dict[str, list[float]] = {name: [] for name in ENGINES}
-    shares = []
+    rates: dict[Setting, dict[str, list[float]]] = {s: {n: [] for n in ENGINES} for s in settings}
+    shares: dict[Setting, list[float]] = {setting: [] for setting in settings}
     for number in track(range(args.warm_up + args.rounds), "rounds"):
-        prompts = rng.integers(10, 2000, (args.requests, args.prompt_tokens)).tolist()
-        for name in np.roll(ENGINES, number).tolist():
-            connections[name].send((prompts, args.output_tokens))
-            rate, share = connections[name].recv()
-            if number >= args.warm_up:
-                rates[name].append(rate)
-                shares += [share] if name == "on" else []
+        for setting in settings:
+            turns = setting.prompts(rng, args.prompt_tokens)
+            for name in np.roll(ENGINES, number).tolist():
+                connections[name].send((turns, args.output_tokens))
+                rate, share = connections[name].recv()
+                if number >= args.warm_up:
+                    rates[setting][name].append(rate)
+                    shares[setting] += [share] if name == "on" else []
     for connection in connections.values():
         connection.send(None)
     for process in processes:
         process.join(30)
-    on_off = np.array(rates["on"]) / np.array(rates["off"])
-    aa = np.array(rates["off again"]) / np.array(rates["off"])
+    by_setting = [{**s._asdict(), **figures(rates[s], shares[s])} for s in settings]
+    together = {name: [r for s in settings for r in rates[s][name]] for name in ENGINES}
     return {
-        "ratio_on_off": float(np.median(on_off)),
-        "interval": median_interval(on_off),
-        "aa_ratio": float(np.median(aa)),
-        "aa_interval": median_interval(aa),
-        "hook_cpu_share": float(np.median(shares)),
-        "tokens_per_second_off": float(np.median(rates["off"])),
+        **figures(together, [max(setting["hook_cpu_share"] for setting in by_setting)]),
+        "by_setting": by_setting,
     }
 
 
@@ -174,10 +201,15 @@ def main() -> None:
     parser.add_argument("--model", help="a local MoE checkpoint; default: a random one is made")
     parser.add_argument("--hidden-size", type=int, default=512, help="of the random model")
     parser.add_argument("--layers", type=int, default=12, help="of the random model")
-    parser.add_argument("--rounds", type=int, default=16, help="measured rounds")
+    parser.add_argument("--rounds", type=int, default=8, help="measured rounds")
     parser.add_argument("--warm-up", type=int, default=1, help="rounds before them")
-    parser.add_argument("--requests", type=int, default=32, help="requests in a round")
-    parser.add_argument("--concurrency", type=int, default=32, help="requests that run at a time")
+    parser.add_argument(
+        "--concurrency", type=int, nargs="+", default=[8, 32], help="requests that run at a time"
+    )
+    parser.add_argument(
+        "--turns", type=int, default=3, help="of the conversations that run beside them"
+    )
+    parser.add_argument("--graphs", action="store_true", help="compile, with CUDA graphs on a GPU")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--output-tokens", type=int, default=24)
     args = parser.parse_args()
