@@ -28,7 +28,7 @@ ENGINES = ("on", "off", "off again")
 RUNNER_METHODS = ("execute_model", "sample_tokens")
 
 
-def make_model(path: Path, hidden_size: int, layers: int) -> Path:
+def make_model(path: Path, hidden_size: int, layers: int, *, with_weights: bool = True) -> Path:
     """Write a random bfloat16 Qwen3-MoE with 32 experts, top-4; no tokenizer."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -46,7 +46,12 @@ def make_model(path: Path, hidden_size: int, layers: int) -> Path:
         num_experts=32,
         num_experts_per_tok=4,
     )
-    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    if with_weights:
+        Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    else:
+        config.dtype = torch.bfloat16
+        config.architectures = ["Qwen3MoeForCausalLM"]
+        config.save_pretrained(path)
     return path
 
 
@@ -156,6 +161,8 @@ def measure(args: argparse.Namespace, model: str) -> dict[str, Any]:
         "max_model_len": args.turns * (args.prompt_tokens + args.output_tokens),
         "max_num_seqs": max(args.concurrency),
         "enforce_eager": not args.graphs,
+        "load_format": args.load_format,
+        "gpu_memory_utilization": 0.28,  # three engines on one device
         "disable_log_stats": True,
     }
     spawn = mp.get_context("spawn")
@@ -209,6 +216,7 @@ def main() -> None:
     parser.add_argument(
         "--turns", type=int, default=3, help="of the conversations that run beside them"
     )
+    parser.add_argument("--load-format", default="auto", help="dummy: weights are never written")
     parser.add_argument("--graphs", action="store_true", help="compile, with CUDA graphs on a GPU")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--output-tokens", type=int, default=24)
@@ -217,7 +225,10 @@ def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     with tempfile.TemporaryDirectory() as folder:
-        model = args.model or str(make_model(Path(folder), args.hidden_size, args.layers))
+        with_weights = args.load_format != "dummy"
+        model = args.model or str(
+            make_model(Path(folder), args.hidden_size, args.layers, with_weights=with_weights)
+        )
         result = measure(args, model)
     given = {name: value for name, value in vars(args).items() if value is not None}
     finish({**result, **given, **surroundings("moe-r3", "vllm", "torch", "numpy")})

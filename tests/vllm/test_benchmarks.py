@@ -1,0 +1,63 @@
+"""The benchmarks run, and say what their targets are read from."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+from .rigs.engine_process import engine_environment
+
+
+def closing_line(name: str, arguments: str) -> dict[str, Any]:
+    """Run a benchmark; its last line."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments.split()]
+    finished = subprocess.run(command, capture_output=True, text=True, env=engine_environment())
+    assert finished.returncode == 0, finished.stderr[-8000:]
+    result: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    assert {"versions", "hardware"} <= set(result)
+    return result
+
+
+def test_store_step_compares_both_paths_for_each_number_of_requests() -> None:
+    result = closing_line(
+        "store_step", "--requests 8 64 --layers 4 --rounds 1 --warm-up 0 --prefills 2"
+    )
+    assert set(result["by_requests"]) == {"8", "64"}
+    for figures in (*result["by_requests"].values(), result):
+        assert {"ms_per_step", "native_ms_per_step", "speedup", "interval"} <= set(figures)
+        assert {"ms_per_step", "native_ms_per_step", "speedup"} <= set(figures["prefill"])
+        assert figures["lookups_per_request"] == 0
+        assert figures["lookups_per_request_of_a_new_batch"] == 1
+
+
+def test_a_decode_step_calls_no_function_for_each_request() -> None:
+    result = closing_line(
+        "store_step", "--requests 32 512 --layers 2 --rounds 1 --warm-up 0 --prefills 1"
+    )
+    few, many = (result["by_requests"][count] for count in ("32", "512"))
+    # A request fills a page every 16 steps, for which Python runs.
+    assert many["calls_per_step"] - few["calls_per_step"] < 8 * (512 - 32) / 16
+
+
+def test_capture_throughput_has_figures_for_each_setting() -> None:
+    result = closing_line(
+        "capture_throughput",
+        "--hidden-size 128 --layers 2 --rounds 1 --warm-up 0 --concurrency 2 4 --turns 2 "
+        "--prompt-tokens 8 --output-tokens 4",
+    )
+    keys = {"ratio_on_off", "interval", "aa_ratio", "aa_interval", "hook_cpu_share"}
+    assert keys <= set(result)
+    settings = [(s["concurrency"], s["turns"]) for s in result["by_setting"]]
+    assert settings == [(2, 1), (4, 1), (2, 2)]
+    assert all(keys <= set(setting) for setting in result["by_setting"])
+    assert result["hook_cpu_share"] > 0
+
+
+def test_soak_holds_nothing_of_requests_that_ended() -> None:
+    result = closing_line("soak", "--requests 400 --parts 4 --concurrency 32 --kv-blocks 40")
+    assert {"rss_bytes_per_request", "objects_per_request", "ms_slope_per_request"} <= set(result)
+    assert result["returned"] > 100
+    assert result["aborted"] > 0
+    assert result["preempted"] > 0
+    assert not [event for event in result["counted"] if event.startswith("error")]
+    assert max(result["held"].values()) < 256
