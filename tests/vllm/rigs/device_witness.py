@@ -29,16 +29,17 @@ class Witness:
     """Attributes: `steps`, the ids [N, L_moe, k] of each step that was run for requests."""
 
     def __init__(self, runner: Any) -> None:
-        from vllm.model_executor.layers.fused_moe.layer import MoERunner
+        from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
-        modules = [m for m in runner.get_model().modules() if isinstance(m, MoERunner)]
-        shape = (runner.max_num_tokens, modules[0].router.top_k)
+        found = (getattr(module, "router", None) for module in runner.get_model().modules())
+        routers = list(dict.fromkeys(router for router in found if isinstance(router, BaseRouter)))
+        shape = (runner.max_num_tokens, routers[0].top_k)
         self._buffers = [
-            torch.full(shape, -1, dtype=torch.int64, device=runner.device) for _ in modules
+            torch.full(shape, -1, dtype=torch.int64, device=runner.device) for _ in routers
         ]
         self._steps: list[list[torch.Tensor]] = []
-        for module, buffer in zip(modules, self._buffers, strict=True):
-            _witness(module.router, buffer)
+        for router, buffer in zip(routers, self._buffers, strict=True):
+            _witness(router, buffer)
         execute = runner.execute_model
 
         def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
