@@ -18,23 +18,16 @@ def closing_line(name: str, arguments: str) -> dict[str, Any]:
     return result
 
 
-def test_store_step_compares_both_paths_for_each_number_of_requests() -> None:
-    result = closing_line(
-        "store_step", "--requests 8 64 --layers 4 --rounds 1 --warm-up 0 --prefills 2"
-    )
-    assert set(result["by_requests"]) == {"8", "64"}
-    for figures in (*result["by_requests"].values(), result):
-        assert {"ms_per_step", "native_ms_per_step", "speedup", "interval"} <= set(figures)
-        assert {"ms_per_step", "native_ms_per_step", "speedup"} <= set(figures["prefill"])
-        assert figures["lookups_per_request"] == 0
-        assert figures["lookups_per_request_of_a_new_batch"] == 1
-
-
-def test_a_decode_step_calls_no_function_for_each_request() -> None:
+def test_store_step_compares_both_paths_and_calls_nothing_for_each_request() -> None:
     result = closing_line(
         "store_step", "--requests 32 512 --layers 2 --rounds 1 --warm-up 0 --prefills 1"
     )
     few, many = (result["by_requests"][count] for count in ("32", "512"))
+    for figures in (few, many, result):
+        assert {"ms_per_step", "native_ms_per_step", "speedup", "interval"} <= set(figures)
+        assert {"ms_per_step", "native_ms_per_step", "speedup"} <= set(figures["prefill"])
+        assert figures["lookups_per_request"] == 0
+        assert figures["lookups_per_request_of_a_new_batch"] == 1
     # A request fills a page every 16 steps, for which Python runs.
     assert many["calls_per_step"] - few["calls_per_step"] < 8 * (512 - 32) / 16
 

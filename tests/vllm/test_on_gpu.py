@@ -67,7 +67,7 @@ def test_each_step_sends_the_ids_that_its_routers_computed(
     settings = {"enforce_eager": enforce_eager, "async_scheduling": async_scheduling}
     seen = run_in_engine_process(witnessed, moe_model, settings)
     assert seen["different"] == 0
-    assert seen["decodes"] > 20
+    assert seen["decodes"] >= 10
     assert enforce_eager or "FULL" in seen["graphs"] or "PIECEWISE" in seen["graphs"]
 
 
