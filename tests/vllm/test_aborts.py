@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from shared_schema import RoutingLayout, decode, to_vllm_native
-from vllm_r3_plugin import front_end
+from shared_schema import RoutingLayout, decode, encode, to_vllm_native
+from vllm_r3_plugin import fetch_async, front_end
 
 from .rigs.engine import SETTINGS, workload
 from .rigs.engine_process import run_in_engine_process
@@ -43,6 +43,8 @@ async def _last_output(engine: Any, name: str, prompt: list[int], on_output: Any
         stop=["\N{SNOWMAN}"] if _leaves_in_parts(name) else None,
         extra_args={"r3_encoding": "r3"} if _number(name) % 2 else None,
     )
+    if name.startswith("fetch"):
+        params.extra_args = {**(params.extra_args or {}), "r3_delivery": "fetch"}
     completions = {}
     async for output in engine.generate({"prompt_token_ids": prompt}, params, name):
         completions.update({completion.index: completion for completion in output.outputs})
@@ -88,7 +90,17 @@ async def _abort_each_without_rows(engine: Any, prompts: list[list[int]]) -> lis
         front_end._fetch_rows = fetch
 
 
-async def _pause_all(engine: Any, prompts: list[list[int]]) -> list[Any]:
+async def _fetched(engine: Any, outputs: list[Any]) -> list[Any]:
+    """The same with the rows that the paths lead to."""
+    for output in outputs:
+        for completion in output.outputs:
+            assert completion.routed_experts is None
+            path = completion.routed_experts_path
+            completion.routed_experts = encode(await fetch_async(engine, path))
+    return outputs
+
+
+async def _pause_all(engine: Any, prompts: list[list[int]], prefix: str = "pause") -> list[Any]:
     started = [asyncio.Event() for _ in prompts]
 
     def note(event: asyncio.Event) -> Any:
@@ -99,7 +111,7 @@ async def _pause_all(engine: Any, prompts: list[list[int]]) -> list[Any]:
         return on_output
 
     running = [
-        asyncio.create_task(_last_output(engine, f"pause-{i}", prompt, note(event)))
+        asyncio.create_task(_last_output(engine, f"{prefix}-{i}", prompt, note(event)))
         for i, (prompt, event) in enumerate(zip(prompts, started, strict=True))
     ]
     await asyncio.gather(*(event.wait() for event in started))
@@ -121,6 +133,12 @@ async def _scenario(model: Path) -> dict[str, list[Rollout]]:
             "aborted": _rollouts(await _abort_each(engine, prompts)),
             "aborted without rows": _rollouts(await _abort_each_without_rows(engine, prompts)),
             "paused": _rollouts(await _pause_all(engine, prompts)),
+            "aborted, fetched": _rollouts(
+                await _fetched(engine, await _abort_each(engine, prompts, "fetch-abort"))
+            ),
+            "paused, fetched": _rollouts(
+                await _fetched(engine, await _pause_all(engine, prompts, "fetch-pause"))
+            ),
             "afterwards": _rollouts(
                 await asyncio.gather(
                     *(_last_output(engine, f"after-{i}", p) for i, p in enumerate(prompts))
@@ -140,7 +158,7 @@ def rollouts(moe_model: Path) -> dict[str, list[Rollout]]:
     return run_in_engine_process(_run, moe_model, in_process_core=False)
 
 
-@pytest.mark.parametrize("group", ["aborted", "paused"])
+@pytest.mark.parametrize("group", ["aborted", "paused", "aborted, fetched", "paused, fetched"])
 def test_a_request_ended_early_returns_the_rows_of_the_tokens_it_returns(
     rollouts: dict[str, list[Rollout]], group: str, oracle: TransformersOracle
 ) -> None:

@@ -1,8 +1,10 @@
 """More than a thousand requests on one eager V1 worker, ended in every way that there is."""
 
 import string
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -51,6 +53,40 @@ def _ends(letters: list[int]) -> dict[str, dict[str, Any]]:
     }
 
 
+class Message(NamedTuple):
+    """What one step sent to the front end."""
+
+    ends: int
+    arrays: int
+    frames: int
+
+
+@contextmanager
+def _messages(scheduler: Any) -> Iterator[list[Message]]:
+    from vllm.v1.serial_utils import MsgpackEncoder
+
+    messages: list[Message] = []
+    encoder, update = MsgpackEncoder(), scheduler.update_from_output
+
+    def update_from_output(*args: Any) -> Any:
+        outputs = update(*args)
+        for sent in outputs.values():
+            messages.append(
+                Message(
+                    sum(output.finished for output in sent.outputs),
+                    sum(output.routed_experts is not None for output in sent.outputs),
+                    len(encoder.encode(sent)),
+                )
+            )
+        return outputs
+
+    scheduler.update_from_output = update_from_output
+    try:
+        yield messages
+    finally:
+        scheduler.update_from_output = update
+
+
 def _run(model: Path) -> dict[str, Any]:
     from vllm import SamplingParams
 
@@ -60,7 +96,8 @@ def _run(model: Path) -> dict[str, Any]:
     hook = RouterHook(llm)
     rng = np.random.default_rng(0)
     letters = llm.get_tokenizer().convert_tokens_to_ids(list(string.ascii_lowercase[:3]))
-    groups = {"random": hook.attach_to(generate(llm, *workload(800, seed=0)))}
+    with _messages(hook.scheduler) as messages:
+        groups = {"random": hook.attach_to(generate(llm, *workload(800, seed=0)))}
     ends = _ends(letters)
     for name, how in ends.items():
         prompts = random_prompts(rng, rng.integers(1, 60, 24))
@@ -82,7 +119,12 @@ def _run(model: Path) -> dict[str, Any]:
     with losing_payloads(0.05):
         lost = generate(llm, random_prompts(rng, [30] * 60), [lossy] * 60)
     counters = {"mixed": hook.mixed_steps, "chunked": hook.chunked_prefills, "hits": hook.hits}
-    return {"groups": groups, "counters": counters, "lossy": hook.attach_to(lost)}
+    return {
+        "groups": groups,
+        "counters": counters,
+        "lossy": hook.attach_to(lost),
+        "messages": messages,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +156,18 @@ def test_a_thousand_requests_route_as_in_transformers(
 
 def test_every_row_is_the_routers_own_in_order(rollouts: list[Rollout]) -> None:
     assert sum(rollout.ordered_differences() for rollout in rollouts) == 0
+
+
+def test_a_step_in_which_no_request_ends_sends_what_it_would_without_routing(
+    run: dict[str, Any],
+) -> None:
+    """One frame, no rows; the rows of a request leave once, with its last output."""
+    messages = run["messages"]
+    assert sum(message.ends == 0 for message in messages) >= 100
+    assert sum(message.arrays for message in messages) == 800
+    for message in messages:
+        assert message.arrays == message.ends
+        assert message.frames == 1 or message.ends
 
 
 def test_completions_of_one_prompt_each_carry_their_whole_sequence(run: dict[str, Any]) -> None:

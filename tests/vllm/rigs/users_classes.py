@@ -1,0 +1,46 @@
+"""What users bring along: classes of their own, and another plugin that wraps the same method."""
+
+from typing import Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+
+class UsersWorker(CPUWorker):
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        self.users_loads = 1
+
+
+class UsersExtension:
+    def moe_layers_seen(self) -> dict[str, Any]:
+        """A method that `collective_rpc` calls."""
+        worker: Any = self
+        return {
+            "classes": [base.__name__ for base in type(worker).__mro__],
+            "loads": worker.users_loads,
+        }
+
+
+class UsersScheduler(Scheduler):
+    users_steps = 0
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        self.users_steps += 1
+        return super().schedule(*args, **kwargs)
+
+
+def other_plugin() -> list[bool]:
+    """Wrap `create_engine_config`; returns whether each call saw the flag that the user gave."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    create, seen = EngineArgs.create_engine_config, []
+
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(self.enable_return_routed_experts)
+        config = create(self, *args, **kwargs)
+        config.additional_config["other"] = len(seen)
+        return config
+
+    EngineArgs.create_engine_config = create_engine_config
+    return seen
