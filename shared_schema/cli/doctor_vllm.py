@@ -122,8 +122,10 @@ def _check_plugin() -> Iterator[Check]:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.plugins import load_general_plugins
 
+        from vllm_r3_plugin.wrapping import is_wrapped
+
         load_general_plugins()
-        taken_over = hasattr(EngineArgs.create_engine_config, "moe_r3_original")
+        taken_over = is_wrapped(EngineArgs, "create_engine_config")
     except Exception as error:
         yield _broken(error)
         return
