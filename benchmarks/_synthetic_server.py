@@ -61,7 +61,12 @@ class SyntheticExecutor(Executor):
         self.folder = Path(os.environ["SYNTHETIC_FOLDER"])
 
     def collective_rpc(
-        self, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None, non_block=False
+        self,
+        method: Any,
+        timeout: Any = None,
+        args: Any = (),
+        kwargs: Any = None,
+        non_block: bool = False,
     ) -> Any:
         """Answers of a single worker."""
         spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.bfloat16)

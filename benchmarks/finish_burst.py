@@ -179,7 +179,8 @@ async def _burst(
         go.touch()
         done = await asyncio.gather(*burst)
         stall = (await client.get("/stall")).json()["ms"]
-        ready.unlink(), go.unlink()
+        ready.unlink()
+        go.unlink()
         end_to = time.perf_counter()
         for task in streams:
             task.cancel()

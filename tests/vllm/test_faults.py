@@ -242,9 +242,15 @@ def _run(model: Path, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
         "lasting": [],
         "silent": [],
     }
-    for number, (name, fault) in enumerate(_scenarios(seed)):
-        rig.run(number, name, fault, report)
+    scenarios = list(enumerate(_scenarios(seed)))
+    for number, (name, fault) in scenarios:
+        if name not in AT_RELOAD:
+            rig.run(number, name, fault, report)
     report["afterwards"] = rig.hook.attach_to(generate(rig.llm, *workload(40, seed=1)))
+    # vLLM's reload changes what experts compute on CPU: transformers is no oracle behind it.
+    for number, (name, fault) in scenarios:
+        if name in AT_RELOAD:
+            rig.run(number, name, fault, report)
     report["preempted"] = sum(r.num_preemptions > 0 for r in rig.hook.requests.values())
     report["counts"] = dict(rig.journal.counts)
     report["refusals"] = rig.refusals()
@@ -305,6 +311,7 @@ def test_a_kernel_that_does_not_report_is_refused_by_layer_and_name(
 def test_an_output_that_cannot_be_read_has_no_routed_experts() -> None:
     class Output:
         routed_experts = "not an array"
+        finish_reason = "stop"
 
     output = front_end._new_completion_output(lambda self: Output(), None)
     assert output.routed_experts is None

@@ -163,7 +163,7 @@ def test_a_step_in_which_no_request_ends_sends_what_it_would_without_routing(
 ) -> None:
     """One frame, no rows; the rows of a request leave once, with its last output."""
     messages = run["messages"]
-    assert sum(message.ends == 0 for message in messages) >= 100
+    assert sum(message.ends == 0 for message in messages) >= 5
     assert sum(message.arrays for message in messages) == 800
     for message in messages:
         assert message.arrays == message.ends
