@@ -49,6 +49,7 @@ bench: $(READY) ## Run the benchmarks; each ends with a line of JSON
 	$(PY) -m benchmarks.layout
 	$(PY) -m benchmarks.store_step
 	$(PY) -m benchmarks.capture_throughput
+	$(PY) -m benchmarks.finish_burst
 	$(PY) -m benchmarks.soak
 	$(PY) -m benchmarks.replay_router
 	$(PY) -m benchmarks.train_step

@@ -115,15 +115,17 @@ def _wait_until_healthy(port: int, process: Any, log: Path) -> None:
     raise RuntimeError(f"the server did not start:\n{log.read_text()[-4000:]}")
 
 
-async def _stream(client: Any, tokens: list[int], times: list[float]) -> None:
-    body = {"prompt": tokens, "stream": True, "return_token_ids": True, **_SAMPLING}
+async def _stream(client: Any, tokens: list[int], max_tokens: int, times: list[float]) -> None:
+    body = {"prompt": tokens, "max_tokens": max_tokens, "stream": True, **_SAMPLING}
+    body["return_token_ids"] = True
     async with client.stream("POST", "/v1/completions", json=body) as response:
+        response.raise_for_status()
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
                 times.append(time.perf_counter())
 
 
-_SAMPLING = {"model": "synthetic", "max_tokens": 100_000, "temperature": 1.0}
+_SAMPLING = {"model": "synthetic", "temperature": 1.0}
 
 
 async def _long_request(client: Any, prompt: list[int], arm: str, fetches: Any) -> int:
@@ -156,10 +158,12 @@ async def _burst(
         times: list[list[float]] = [[] for _ in range(args.others)]
         rng = np.random.default_rng(number)
         streams = [
-            asyncio.create_task(_stream(client, [OTHER, number, 10 + i], times[i]))
+            asyncio.create_task(_stream(client, [OTHER, number, 10 + i], args.tokens, times[i]))
             for i in range(args.others)
         ]
         while not all(len(t) > 5 for t in times):
+            for failed in (task for task in streams if task.done()):
+                failed.result()
             await asyncio.sleep(0.01)
         fetches = asyncio.Semaphore(args.fetches)
         prompts = rng.integers(10, 250, (args.requests, args.tokens))
@@ -212,8 +216,8 @@ def main() -> None:
         prog="python -m benchmarks.finish_burst",
         description="Long requests that end together: what others and the event loop feel.",
     )
-    parser.add_argument("--requests", type=int, default=128, help="requests that end together")
-    parser.add_argument("--tokens", type=int, default=32_768, help="tokens of each of them")
+    parser.add_argument("--requests", type=int, default=32, help="requests that end together")
+    parser.add_argument("--tokens", type=int, default=8_192, help="tokens of each of them")
     parser.add_argument("--others", type=int, default=8, help="requests that stream meanwhile")
     parser.add_argument("--layers", type=int, default=48, help="MoE layers")
     parser.add_argument("--top-k", type=int, default=8, help="experts for each token")
@@ -240,8 +244,8 @@ def main() -> None:
         {
             "p99_ratio": best["p99_ratio"],
             "loop_stall_ms": best["loop_stall_ms"],
-            "arms": summary,
             **vars(args),
+            "arms": summary,
             "step_ms": 25,
             **surroundings("moe-r3", "vllm", "numpy"),
         }
