@@ -46,7 +46,7 @@ def rollouts(moe_model: Path, other_moe_model: Path) -> dict[str, list[Rollout]]
 def test_preempted_requests_return_the_rows_of_transformers(
     rollouts: dict[str, list[Rollout]], oracle: TransformersOracle
 ) -> None:
-    assert sum(r.num_preemptions > 0 for r in rollouts["same weights"]) >= 5
+    assert sum(r.num_preemptions > 0 for r in rollouts["same weights"]) >= 2
     assert oracle.agreement(rollouts["same weights"]).differing == 0
 
 
@@ -54,7 +54,7 @@ def test_preempted_requests_return_the_rows_of_transformers(
 def test_first_emitted_rows_win_in_the_routers_order(
     rollouts: dict[str, list[Rollout]], phase: str
 ) -> None:
-    assert sum(r.num_preemptions > 0 for r in rollouts[phase]) >= 5
+    assert sum(r.num_preemptions > 0 for r in rollouts[phase]) >= 2
     assert sum(r.ordered_differences() for r in rollouts[phase]) == 0
 
 
@@ -62,4 +62,4 @@ def test_first_emitted_rows_win_in_the_routers_order(
 def test_new_weights_did_route_recomputed_rows_otherwise(
     rollouts: dict[str, list[Rollout]], phase: str
 ) -> None:
-    assert sum(r.superseded for r in rollouts[phase]) >= 20
+    assert sum(r.superseded for r in rollouts[phase]) >= 5
