@@ -117,8 +117,7 @@ def _convert(
     except RoutingSchemaError as error:
         raise CommandError(f"{source}: {error}") from None
     try:
-        with path.open("wb" if arguments.force else "xb") as file:
-            file.write(content)
+        _write(path, content, overwrite=arguments.force)
     except FileExistsError:
         raise CommandError(
             f"{path} exists, expected a new file: pass --force to overwrite it."
@@ -134,6 +133,20 @@ def _convert(
         "source_bytes": source.stat().st_size,
         "target_bytes": len(content),
     }
+
+
+def _write(path: Path, content: bytes, overwrite: bool) -> None:
+    """Write all of it or nothing; a file that is there stays until its successor is complete."""
+    file = path.with_name(f".{path.name}.partial") if overwrite else path
+    with file.open("wb" if overwrite else "xb") as writing:
+        try:
+            writing.write(content)
+            writing.flush()
+            if overwrite:
+                file.replace(path)
+        except OSError:
+            file.unlink()
+            raise
 
 
 def _show(done: list[dict[str, Any]]) -> None:

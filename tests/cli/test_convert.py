@@ -1,3 +1,5 @@
+import resource
+
 import pytest
 
 from shared_schema import decode
@@ -38,6 +40,24 @@ def test_nothing_is_overwritten_without_force(r3, folder):
     assert there.read_text() == "precious"
     assert r3("convert", "--to", "npy", whole, "--force").status == 0
     assert there.read_bytes().startswith(b"\x93NUMPY")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_disk_that_fills_up_loses_nothing(r3, folder, force):
+    whole, there = folder / "whole.safetensors", folder / "whole.npy"
+    if force:
+        there.write_text("precious")
+    before = sorted(folder.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        done = r3("convert", "--to", "npy", whole, *["--force"] * force)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert done.status == 1
+    assert "cannot write" in done.err
+    assert sorted(folder.iterdir()) == before
+    assert not force or there.read_text() == "precious"
 
 
 def test_an_input_is_never_an_output(r3, folder):
