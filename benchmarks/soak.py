@@ -73,7 +73,10 @@ class Traffic:
 
 def held(scheduler: Any) -> dict[str, int]:
     """Sizes of what our scheduler and its store hold beside preallocated arrays."""
-    owners = (scheduler, "_r3_"), (scheduler, "r3_"), (scheduler.r3_store, "_")
+    owners = (
+        *((scheduler, "_r3_"), (scheduler, "r3_")),
+        *((scheduler._r3_sender, ""), (scheduler.r3_store, "_")),
+    )
     return {
         name: len(value)
         for owner, prefix in owners

@@ -13,7 +13,6 @@ import numpy as np
 from shared_schema import RoutingLayout, RowStatus
 from vllm_r3_plugin import metrics, releases
 from vllm_r3_plugin.held_requests import HeldRequests
-from vllm_r3_plugin.in_flight import rows_array, void_array
 from vllm_r3_plugin.journal import Guard, Journal, logger
 from vllm_r3_plugin.kv_blocks import KVBlocks
 from vllm_r3_plugin.late_outputs import LateOutputs
@@ -21,46 +20,11 @@ from vllm_r3_plugin.memory import MemoryBounds
 from vllm_r3_plugin.options import R3Options
 from vllm_r3_plugin.out_of_band import OutOfBand
 from vllm_r3_plugin.page_store import PageStore, PendingHit
-from vllm_r3_plugin.received_rows import why_incomplete
 from vllm_r3_plugin.request_options import RequestOptions
 from vllm_r3_plugin.row_reader import RowReader
+from vllm_r3_plugin.row_sender import RowSender
 from vllm_r3_plugin.step_rows import STEP_ROWS_ATTRIBUTE, StepRows
-
-_READ_AT_ONCE = 1 << 20
-"""Bytes of rows that leave with the outputs of a step; those of further requests leave later."""
-
-
-@dataclass
-class TrackedRequest:
-    """A request whose rows are kept.
-
-    Attributes:
-        request: vLLM's own object.
-        options: what its user asked for.
-        sent: rows below this position have left.
-        kept: rows below this position belong to tokens already emitted.
-        incomplete: a row that was due is unrecorded.
-
-    """
-
-    request: Any
-    options: RequestOptions
-    sent: int = 0
-    kept: int = 0
-    incomplete: bool = False
-
-    def __post_init__(self) -> None:
-        self.sent = self.options.start
-
-    @property
-    def is_returned(self) -> bool:
-        """Whether the user wants its rows at all."""
-        return self.options.routing == "on"
-
-    @property
-    def leaves_with_each_output(self) -> bool:
-        """Whether the front end may end the request by itself, on a stop string."""
-        return self.is_returned and bool(self.request.sampling_params.stop)
+from vllm_r3_plugin.tracked_request import TrackedRequest
 
 
 @dataclass
@@ -108,15 +72,20 @@ class RoutingScheduler:
         if self.connector is not None:
             self._r3_watch_loads()
         self._r3_tracked: dict[str, TrackedRequest] = {}
-        self._r3_riding: set[str] = set()
+        self._r3_sender = RowSender(
+            r3_layout,
+            self._r3_tracked,
+            self.r3_out_of_band,
+            self.r3_late,
+            self.r3_journal,
+            self._r3_guard,
+        )
         self._r3_dropping: set[str] = set()
         self._r3_restarted: set[str] = set()
         self._r3_given_up: set[str] = set()
         self._r3_steps: deque[Step] = deque()
         self._r3_step_number = 0
         self._r3_retired: deque[tuple[int, str]] = deque()
-        self._r3_outgoing: dict[str, np.ndarray[Any, Any]] = {}
-        self._r3_outgoing_nbytes = 0
 
     # --- what vLLM calls ---------------------------------------------------------------------
 
@@ -156,8 +125,8 @@ class RoutingScheduler:
             except Exception as error:
                 give_up = partial(self._r3_give_up, (request_id,))
                 self.r3_journal.fail("settling draft tokens", error, give_up)
-        with self.r3_journal.guard("sending rows", lambda: self._r3_withdraw(outputs)):
-            self._r3_send(outputs)
+        with self.r3_journal.guard("sending rows", lambda: self._r3_sender.withdraw(outputs)):
+            self._r3_sender.send(self.r3_store, outputs)
         with self.r3_journal.guard("announcing tickets"):
             self.r3_out_of_band.announce(outputs)
         with self.r3_journal.guard("sending metrics"):
@@ -192,7 +161,7 @@ class RoutingScheduler:
 
     def _handle_stopped_request(self, request: Any) -> bool:
         with self._r3_guard("collecting the rows of a request", (request.request_id,)):
-            self._r3_collect(request)
+            self._r3_sender.collect(self.r3_store, request)
         finished = super()._handle_stopped_request(request)  # type: ignore[misc]
         with self._r3_guard("continuing a session", (request.request_id,)):
             if not finished:
@@ -202,7 +171,7 @@ class RoutingScheduler:
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         with self._r3_guard("keeping rows to be fetched", (request.request_id,)):
-            self._r3_hold_if_ended_by_stop_string(request)
+            self._r3_sender.hold_if_ended_by_stop_string(self.r3_store, request)
         self._r3_remember_blocks(request)
         result = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
         # Steps in flight may still write KV blocks that other requests hit: keep taking its rows.
@@ -232,11 +201,11 @@ class RoutingScheduler:
                 if tracked is None or not tracked.request.num_output_tokens:
                     continue
                 if request_id in self.r3_out_of_band:
-                    self._r3_hold(tracked)
+                    self._r3_sender.hold(self.r3_store, tracked)
                     continue
                 if from_start:
                     tracked.sent = tracked.options.start
-                rows = self._r3_take(tracked)
+                rows = self._r3_sender.take(self.r3_store, tracked)
                 if rows is not None:
                     found[request_id] = rows
         return found
@@ -256,7 +225,7 @@ class RoutingScheduler:
             if tracked.is_returned and options.delivery == "fetch":
                 self.r3_out_of_band.begin(request, options)
             elif tracked.leaves_with_each_output:
-                self._r3_riding.add(request_id)
+                self._r3_sender.riding.add(request_id)
         elif request_id in self._r3_restarted:
             self._r3_restarted.discard(request_id)
             if request.num_output_tokens and tracked.is_returned:
@@ -365,7 +334,7 @@ class RoutingScheduler:
             self._r3_num_loaded.pop(request_id, None)
             self.r3_out_of_band.forget(request_id)
             for members in (
-                self._r3_riding,
+                self._r3_sender.riding,
                 self._r3_dropping,
                 self._r3_restarted,
                 self._r3_given_up,
@@ -378,104 +347,6 @@ class RoutingScheduler:
             self.r3_journal.count(f"{metrics.REQUESTS_SERVED}unrecorded")
         elif tracked is not None and tracked.sent > tracked.options.start:
             self.r3_journal.count(f"{metrics.REQUESTS_SERVED}complete")
-
-    # --- sending rows ------------------------------------------------------------------------
-
-    def _r3_collect(self, request: Any) -> None:
-        tracked = self._r3_tracked.get(request.request_id)
-        if tracked is None or not tracked.is_returned:
-            return
-        nbytes = (request.num_tokens - 1 - tracked.sent) * self.r3_layout.row_nbytes
-        if request.request_id in self.r3_out_of_band:
-            self._r3_hold(tracked)
-        elif self._r3_outgoing and self._r3_outgoing_nbytes + nbytes > _READ_AT_ONCE:
-            self._r3_put_off(tracked)
-        elif (rows := self._r3_take(tracked)) is not None:
-            self._r3_outgoing[request.request_id] = rows
-            self._r3_outgoing_nbytes += nbytes
-        tracked.kept = request.num_tokens - 1
-
-    def _r3_hold(self, tracked: TrackedRequest) -> None:
-        """Keep the rows of a request that ends here, to be fetched."""
-        request_id, stop = tracked.request.request_id, tracked.request.num_tokens - 1
-        rows = self.r3_out_of_band.hold(request_id, stop)
-        tracked.sent = stop
-        if rows is not None:
-            self._r3_account(tracked, rows.start, self.r3_store.status_of(rows))
-
-    def _r3_hold_if_ended_by_stop_string(self, request: Any) -> None:
-        """Only the front end knows; any other request freed before its end lost its client."""
-        tracked = self._r3_tracked.get(request.request_id)
-        if (
-            tracked is not None
-            and request.request_id in self.r3_out_of_band
-            and request.sampling_params.stop
-            and tracked.sent < request.num_tokens - 1
-            and request.num_output_tokens
-        ):
-            self._r3_hold(tracked)
-
-    def _r3_put_off(self, tracked: TrackedRequest) -> None:
-        """Let the rows of a request that ends here be read by another thread."""
-        request_id, stop = tracked.request.request_id, tracked.request.num_tokens - 1
-        rows = self.r3_store.freeze(request_id, tracked.sent, stop)
-        tracked.sent = stop
-        self.r3_late.put_off(
-            request_id,
-            self.r3_store,
-            rows,
-            lambda status: self._r3_account(tracked, rows.start, status),
-        )
-
-    def _r3_send(self, outputs: dict[int, Any]) -> None:
-        if not self._r3_outgoing and not self._r3_riding:
-            return
-        for core_outputs in outputs.values():
-            for output in core_outputs.outputs:
-                request_id = output.request_id
-                rows = self._r3_outgoing.pop(request_id, None)
-                if rows is None and request_id in self._r3_riding and output.new_token_ids:
-                    # Should the part fail, the earlier ones are void as well.
-                    rows = void_array(self.r3_layout)
-                    with self._r3_guard("sending rows along", (request_id,)):
-                        rows = self._r3_take(self._r3_tracked[request_id])
-                output.routed_experts = rows
-        self._r3_outgoing.clear()
-        self._r3_outgoing_nbytes = 0
-
-    def _r3_withdraw(self, outputs: dict[int, Any]) -> None:
-        self._r3_outgoing.clear()
-        for core_outputs in outputs.values():
-            for output in core_outputs.outputs:
-                riding = output.request_id in self._r3_riding
-                output.routed_experts = void_array(self.r3_layout) if riding else None
-
-    def _r3_take(self, tracked: TrackedRequest) -> np.ndarray[Any, Any] | None:
-        """Rows due since the last call, or None if there are none to return."""
-        request = tracked.request
-        start, stop = tracked.sent, request.num_tokens - 1
-        if not tracked.is_returned or stop < start:
-            return None
-        ids, status = self.r3_store.read(request.request_id, start, stop)
-        tracked.sent = stop
-        self._r3_account(tracked, start, status)
-        return rows_array(ids, status)
-
-    def _r3_account(
-        self, tracked: TrackedRequest, start: int, status: np.ndarray[Any, Any]
-    ) -> None:
-        """Count the rows from position ``start`` that leave unrecorded."""
-        if not status.any():
-            return
-        for value, number in enumerate(np.bincount(status).tolist()):
-            if value != RowStatus.RECORDED and number:
-                self.r3_journal.count(metrics.ROWS_UNRECORDED + RowStatus(value).name, number)
-        if not tracked.incomplete:
-            tracked.incomplete = True
-            self.r3_journal.note(
-                f"INCOMPLETE_{RowStatus(int(status[status != 0][0])).name}",
-                f"of request {tracked.request.request_id} {why_incomplete(start, status)}",
-            )
 
 
 def _build_store(scheduler: RoutingScheduler, bounds: MemoryBounds) -> PageStore:

@@ -29,14 +29,15 @@ from .rigs.tiny_models import NUM_LAYERS, TOP_K
 from .rigs.transformers_oracle import TransformersOracle
 
 MODULES = (
-    *("capturer", "kv_blocks", "page_store", "published_pages", "received_rows", "runner_batch"),
-    *("scheduler", "step_capture", "step_rows"),
+    *("capturer", "kv_blocks", "page_store", "published_pages", "received_rows", "row_sender"),
+    *("runner_batch", "scheduler", "step_capture", "step_rows"),
 )
 UNGUARDED = {
     # At start-up, where an error is a refusal.
     *("_attribute_attacher", "_build_store", "_chained", "_router_attacher", "_sink_attacher"),
     *("LayerCapture.__init__", "PageStore.__init__", "RoutingCapturer.__init__"),
-    *("StepCapture.__init__", "capture_dtype", "find_routers", "routing_scheduler"),
+    *("RowSender.__init__", "StepCapture.__init__", "capture_dtype", "find_routers"),
+    "routing_scheduler",
     # They hold the guards around what they call, and vLLM's own part.
     *("LayerCapture.__call__", "RoutingScheduler._r3_guard", "StepCapture._attach"),
     "RoutingScheduler._r3_remember_blocks",
@@ -44,7 +45,7 @@ UNGUARDED = {
 }
 AFTER_A_FAULT = {
     *("PageStore.repair", "RoutingScheduler._r3_give_up", "RoutingScheduler._r3_start_over"),
-    *("RoutingScheduler._r3_withdraw", "_build_store"),
+    *("RowSender.withdraw", "_build_store"),
 }
 ONLY_SPECULATIVE = {
     *("PageStore.settle", "RoutingScheduler._r3_settle", "PageStore.start_generation"),
@@ -59,7 +60,7 @@ REACHED = {
     *("PageStore.admit", "PageStore.resolve", "PageStore.write", "PageStore.settle"),
     *("PageStore.read", "PageStore.release", "PageStore.start_generation", "PageStore._publish"),
     *("RoutingScheduler._r3_admit", "RoutingScheduler._r3_store_step"),
-    *("RoutingScheduler._r3_release_retired", "RoutingScheduler._r3_send"),
+    *("RoutingScheduler._r3_release_retired", "RowSender.send"),
     *("RoutingScheduler.r3_rows_of_aborted", "RoutingScheduler._r3_note_dropped_output"),
     *(f"{name} after others" for name in AFTER_A_FAULT),
     *MISFITS,
@@ -109,9 +110,7 @@ def _scenarios(seed: int) -> Iterator[tuple[str, Any]]:
     for name in sorted(AFTER_A_FAULT):
         yield (
             f"{name} after others",
-            _failing_together(
-                "PageStore.write", "RoutingScheduler._r3_send", "PageStore.repair", name
-            ),
+            _failing_together("PageStore.write", "RowSender.send", "PageStore.repair", name),
         )
 
 
