@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from vllm_r3_plugin import seams
+from vllm_r3_plugin.seam_check import release_of
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | ast.Assign | ast.AnnAssign
 
@@ -24,7 +25,7 @@ class Sources:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.version = seams.release_of(next(folder.glob("vllm*.dist-info")).name.split("-")[1])
+        self.version = release_of(next(folder.glob("vllm*.dist-info")).name.split("-")[1])
         self.module = cache(self._parse)
 
     def problem(self, seam: seams.Seam) -> str | None:

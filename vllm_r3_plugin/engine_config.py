@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from vllm_r3_plugin import engine_core, fetch_endpoint, front_end, metrics, releases, seams
+from vllm_r3_plugin import engine_core, fetch_endpoint, front_end, metrics, releases, seam_check
 from vllm_r3_plugin.journal import Journal
 from vllm_r3_plugin.options import R3Options
 from vllm_r3_plugin.scheduler_factory import SchedulerFactory
@@ -49,7 +49,7 @@ def take_over(config: Any, max_bytes: int | None) -> None:
     options = R3Options.of(config)
     if options.max_bytes is None:
         options = replace(options, max_bytes=max_bytes)
-    seams.require_present(_journal)
+    seam_check.require_present(_journal)
     front_end.install()
     fetch_endpoint.install()
     engine_core.install()

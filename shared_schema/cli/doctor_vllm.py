@@ -67,9 +67,9 @@ def _broken(error: Exception) -> Check:
 
 
 def _check_version(found: str) -> Check:
-    from vllm_r3_plugin import seams
+    from vllm_r3_plugin import seam_check, seams
 
-    release = seams.release_of(found)
+    release = seam_check.release_of(found)
     if release in seams.EXECUTED_ON:
         return Check("vllm", "ok", found)
     known = ", only its sources were read" if release in seams.READ_ON else ""
@@ -77,24 +77,24 @@ def _check_version(found: str) -> Check:
         "vllm",
         "warning",
         f"this moe-r3 never ran on {found}{known}",
-        f"install vLLM {seams.releases_named(seams.EXECUTED_ON)}, or run this project's tests on "
-        f"{found}",
+        f"install vLLM {seam_check.releases_named(seams.EXECUTED_ON)}, or run this project's "
+        f"tests on {found}",
     )
 
 
 def _check_seams() -> Iterator[Check]:
-    from vllm_r3_plugin import seams
+    from vllm_r3_plugin import seam_check, seams
 
-    missing = seams.missing()
+    missing = seam_check.missing()
     for seam in missing:
         yield Check(
             "vllm-seams",
             "error",
             f"vLLM has no {seam.symbol}, or not all of it, which serves: {seam.why}",
-            f"install vLLM {seams.releases_named(seams.EXECUTED_ON)}",
+            f"install vLLM {seam_check.releases_named(seams.EXECUTED_ON)}",
         )
     if not missing:
-        release = seams.installed_release()
+        release = seam_check.installed_release()
         touched = sum(seam.applies_to(release) for seam in seams.SEAMS)
         yield Check("vllm-seams", "ok", f"all {touched} symbols that moe-r3 touches exist")
 

@@ -6,10 +6,10 @@ import pytest
 import vllm
 
 from tools.check_vllm_sources import Sources
-from vllm_r3_plugin import seams
+from vllm_r3_plugin import seam_check, seams
 from vllm_r3_plugin.journal import Journal
 
-RELEASE = seams.installed_release()
+RELEASE = seam_check.installed_release()
 APPLYING = [seam for seam in seams.SEAMS if seam.applies_to(RELEASE)]
 
 
@@ -24,7 +24,7 @@ def sources():
 
 @pytest.mark.parametrize("seam", APPLYING, ids=ids)
 def test_vllm_still_has(seam):
-    assert seam not in seams.missing(), f"{seam.symbol} moved; it serves: {seam.why}"
+    assert seam not in seam_check.missing(), f"{seam.symbol} moved; it serves: {seam.why}"
 
 
 @pytest.mark.parametrize("seam", APPLYING, ids=ids)
@@ -52,14 +52,14 @@ def test_what_moved_is_noticed_in_the_sources_and_by_import(monkeypatch, sources
     seam = seams.Seam(*seam, *("",) * max(0, 4 - len(seam)))
     assert sources.problem(seam) == problem
     monkeypatch.setattr(seams, "SEAMS", (*seams.SEAMS, seam))
-    assert seams.missing() == [seam]
+    assert seam_check.missing() == [seam]
 
 
 def test_a_symbol_of_other_releases_is_not_asked_for(monkeypatch):
     later = (RELEASE[0], RELEASE[1] + 1)
     gone = seams.Seam("vllm.v1.request:Request.gone", "read", "a reason", "never", since=later)
     monkeypatch.setattr(seams, "SEAMS", (*seams.SEAMS, gone))
-    assert seams.missing() == []
+    assert seam_check.missing() == []
     assert gone.applies_to(later)
     assert not gone._replace(since=(0, 0), until=RELEASE).applies_to(later)
 
@@ -77,7 +77,7 @@ def test_a_symbol_that_moved_is_named_before_the_engine_starts(monkeypatch):
     gone = seams.Seam("vllm.v1.engine.core:EngineCore.gone", "wrapped", "a reason", "never")
     monkeypatch.setattr(seams, "SEAMS", (*seams.SEAMS, gone))
     with pytest.raises(ValueError, match=r"no vllm\.v1\.engine\.core:EngineCore\.gone") as error:
-        seams.require_present(Journal())
+        seam_check.require_present(Journal())
     assert "a reason" in str(error.value)
 
 
@@ -85,7 +85,7 @@ def test_on_a_release_that_was_never_run_the_plugin_warns_once_and_tries(monkeyp
     monkeypatch.setattr(seams, "EXECUTED_ON", ((0, 1),))
     journal = Journal()
     for _ in range(2):
-        seams.require_present(journal)
+        seam_check.require_present(journal)
     assert journal.counts == {"UNTESTED_VLLM": 2}
     said = f"never ran on vLLM {vllm.__version__[:4]}, only on 0.1;"
     assert sum(said in record.message for record in caplog.records) == 1
