@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 
-from vllm_r3_plugin.fetching import NotHeldError as NotHeldError
+from vllm_r3_plugin.fetch_path import NotHeldError as NotHeldError
 from vllm_r3_plugin.fetching import fetch as fetch
 from vllm_r3_plugin.fetching import fetch_async as fetch_async
 

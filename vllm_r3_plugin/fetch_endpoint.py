@@ -9,8 +9,8 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import StreamingResponse
 
-from vllm_r3_plugin.fetching import NotHeldError, Ticket, fetch_as_asked
-from vllm_r3_plugin.received_rows import FETCH_PATH
+from vllm_r3_plugin.fetch_path import FETCH_PATH, NotHeldError, Ticket
+from vllm_r3_plugin.fetching import fetch_as_asked
 from vllm_r3_plugin.wrapping import wrap_once
 
 _AT_ONCE = 4
@@ -30,15 +30,12 @@ def _register(original: Callable[..., Any], app: FastAPI) -> None:
     slots = asyncio.Semaphore(_AT_ONCE)
 
     @app.get(FETCH_PATH + "{ticket}", response_class=StreamingResponse)
-    async def routed_experts(
-        ticket: str, request: Request, stop: int | None = None
-    ) -> StreamingResponse:
+    async def routed_experts(ticket: str, request: Request) -> StreamingResponse:
         """Routed experts of a request, as its encoding says; a repeated call answers the same."""
         try:
             async with slots:
-                fetched = await fetch_as_asked(
-                    request.app.state.engine_client, Ticket(ticket, stop)
-                )
+                wanted = Ticket.of(f"{ticket}?{request.url.query}")
+                fetched = await fetch_as_asked(request.app.state.engine_client, wanted)
                 payload = await asyncio.to_thread(fetched.to_bytes)
         except NotHeldError as error:
             raise HTTPException(404, str(error)) from None

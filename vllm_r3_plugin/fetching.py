@@ -8,18 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from shared_schema import RoutedExperts, RoutingLayout, Span, encode, to_vllm_native
+from shared_schema import RoutedExperts, RoutingLayout, encode, to_vllm_native
 from shared_schema.formats.vllm import dump_npy
-from vllm_r3_plugin.received_rows import FETCH_PATH, why_incomplete
+from vllm_r3_plugin.fetch_path import NotHeldError, Ticket, spans_of
+from vllm_r3_plugin.received_rows import why_incomplete
 
 _METHOD = "moe_r3_fetch"
-
-
-class NotHeldError(LookupError):
-    """Nothing can be fetched with a ticket; the message is one sentence that says why."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"there are no routed experts for this ticket, {reason}")
 
 
 class Fetched(NamedTuple):
@@ -48,33 +42,6 @@ class Fetched(NamedTuple):
         return dump_npy(to_vllm_native(self.routed, sentinel=sentinel))
 
 
-class Ticket(NamedTuple):
-    """A ticket as the client has it: ``ENGINE.SECRET``, and ``?stop=N`` where the front end cut.
-
-    Attributes:
-        held_under: what the engine core knows.
-        stop: position after the last row, or None for all that are held.
-
-    """
-
-    held_under: str
-    stop: int | None
-
-    @classmethod
-    def of(cls, text: str) -> Ticket:
-        """Read the path that a response names, or the end of it."""
-        held_under, _, query = text.removeprefix(FETCH_PATH).partition("?stop=")
-        return cls(held_under, int(query) if query else None)
-
-    @property
-    def engine(self) -> int:
-        """Index of the engine core."""
-        index = self.held_under.partition(".")[0]
-        if not (index.isascii() and index.isdigit() and len(index) < 5):
-            raise NotHeldError("expected ENGINE.SECRET: pass it as the response gave it.")
-        return int(index)
-
-
 def fetch(llm: Any, path: str) -> RoutedExperts:
     """Rows of a request of ``llm``, a :class:`vllm.LLM`, that has ended and named this ``path``.
 
@@ -93,7 +60,8 @@ def fetch(llm: Any, path: str) -> RoutedExperts:
         return answer if isinstance(answer, str) else answer.result()
 
     first = _require(ask(None))
-    return _join([first, *(_require(ask(row)) for row in _further_rows(first))]).routed
+    rest = [_require(ask(row)) for row in _further_rows(first)]
+    return _join(wanted, [first, *rest]).routed
 
 
 async def fetch_async(engine: Any, path: str) -> RoutedExperts:
@@ -123,7 +91,7 @@ async def fetch_as_asked(engine: Any, wanted: Ticket) -> Fetched:
 
     first = await ask(None)
     rest = await asyncio.gather(*(ask(row) for row in _further_rows(first)))
-    return await asyncio.to_thread(_join, [first, *rest])
+    return await asyncio.to_thread(_join, wanted, [first, *rest])
 
 
 def _require(answer: dict[str, Any] | str) -> dict[str, Any]:
@@ -138,12 +106,13 @@ def _further_rows(first: dict[str, Any]) -> Iterable[int]:
     return range(first["start"] + chunk, first["stop"], chunk) if chunk else ()
 
 
-def _join(answers: list[dict[str, Any]]) -> Fetched:
+def _join(wanted: Ticket, answers: list[dict[str, Any]]) -> Fetched:
     first = answers[0]
     layout = RoutingLayout.from_dict(first["layout"])
     status = np.concatenate([np.frombuffer(answer["status"], np.uint8) for answer in answers])
     ids = np.concatenate([np.frombuffer(answer["ids"], layout.dtype) for answer in answers])
     rows = ids.reshape(len(status), layout.num_moe_layers, layout.top_k)
-    spans = (Span(first["start"], first["stop"]),) if len(status) else ()
-    routed = RoutedExperts.trusted(rows, layout, first["start"], status, spans)
+    start = first["start"]
+    spans = tuple(spans_of(wanted.weight_versions, start, first["stop"]))
+    routed = RoutedExperts.trusted(rows, layout, start, status, spans)
     return Fetched(routed, first["encoding"], first["unrecorded"])

@@ -14,6 +14,7 @@ from vllm.exceptions import VLLMValidationError
 
 from shared_schema import RoutingLayout
 from vllm_r3_plugin import http_answers
+from vllm_r3_plugin.fetch_path import VersionedRows
 from vllm_r3_plugin.journal import Journal
 from vllm_r3_plugin.options import R3Options
 from vllm_r3_plugin.received_rows import Delivery, ReceivedRows
@@ -28,6 +29,8 @@ _TURNS = "moe_r3_turns"
 """Attribute of a session's state: length of its prompt when a turn ended, and tokens replaced."""
 _LAYOUT = "moe_r3_layout"
 """Attribute of an engine, and the method of its engine core."""
+_UNLABELLED = "default"
+"""vLLM's weight version where nobody has set one."""
 _INLINE_BYTES = 1 << 17
 """Rows of more bytes are put into their form in another thread."""
 
@@ -156,7 +159,11 @@ def _received(state: Any, output: Any, rows: Any) -> Any:
     if is_session:
         return ReceivedRows(rows, options, first + num_tokens - _replaced_tokens(state))
     known = getattr(output, "weight_versions", None) or ()
-    versions = [(v.version, first + v.start, first + v.end) for v in known]
+    versions = [
+        VersionedRows(v.version, first + v.start, first + v.end)
+        for v in known
+        if v.version != _UNLABELLED
+    ]
     return ReceivedRows(rows, options, first + num_tokens, versions)
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from shared_schema import RoutedExperts, RoutingLayout, RowStatus, Span, encode, to_vllm_native
+from shared_schema import RoutedExperts, RoutingLayout, RowStatus, encode, to_vllm_native
+from vllm_r3_plugin.fetch_path import Ticket, VersionedRows, spans_of
 from vllm_r3_plugin.frozen_rows import Rows
 from vllm_r3_plugin.in_flight import is_void, rows_of, ticket_of
 from vllm_r3_plugin.request_options import RequestOptions
-
-FETCH_PATH = "/v1/routed_experts/"
-"""Under /v1, where vLLM asks for the server's API key."""
-_UNLABELLED = "default"
-"""vLLM's weight version where nobody has set one."""
 
 
 class Delivery(NamedTuple):
@@ -34,16 +30,16 @@ class ReceivedRows:
     Attributes:
         array: what :mod:`vllm_r3_plugin.in_flight` describes; None where nothing arrived.
         options: what the request asked for.
-        stop: position after the last row that belongs to the tokens returned; None where only the
-            engine core knows it. Rows beyond it are cut off, lacking ones are unrecorded.
-        weight_versions: ``(version, first row, row after the last)``, as far as vLLM knows them.
+        stop: position after the last row that belongs to the tokens returned. Rows beyond it are
+            cut off, lacking ones are unrecorded.
+        weight_versions: as far as vLLM knows them, in the order of the rows.
 
     """
 
     array: np.ndarray[Any, Any] | None
     options: RequestOptions
-    stop: int | None = None
-    weight_versions: Sequence[tuple[str, int, int]] = ()
+    stop: int
+    weight_versions: Sequence[VersionedRows] = ()
 
     @property
     def nbytes(self) -> int:
@@ -54,11 +50,10 @@ class ReceivedRows:
         """Bring them into the form that was asked for."""
         ticket = None if self.array is None else ticket_of(self.array)
         if ticket is not None:
-            end = "" if self.stop is None else f"?stop={self.stop}"
-            return Delivery(path=f"{FETCH_PATH}{ticket}{end}")
+            return Delivery(path=Ticket(ticket, self.stop, tuple(self.weight_versions)).path)
         ids, status = self._rows(layout)
         start = self.options.start
-        spans = tuple(self._spans(start, start + len(status)))
+        spans = tuple(spans_of(self.weight_versions, start, start + len(status)))
         routed = RoutedExperts.trusted(ids, layout, start, status, spans)
         if self.options.encoding == "r3":
             return Delivery(encode(routed))
@@ -73,8 +68,6 @@ class ReceivedRows:
             status = np.empty(0, np.uint8)
         else:
             ids, status = rows_of(self.array, layout)
-        if self.stop is None:
-            return ids, status
         num_rows = max(0, self.stop - self.options.start)
         lacking = max(0, num_rows - len(status))
         if lacking:
@@ -82,19 +75,6 @@ class ReceivedRows:
             ids = np.concatenate([ids, fill])
             status = np.append(status, np.full(lacking, RowStatus.MISSING, np.uint8))
         return ids[:num_rows], status[:num_rows]
-
-    def _spans(self, start: int, stop: int) -> Iterator[Span]:
-        reached = start
-        for version, first, after in self.weight_versions:
-            first, after = max(first, reached), min(after, stop)
-            if version == _UNLABELLED or first >= after:
-                continue
-            if reached < first:
-                yield Span(reached, first)
-            yield Span(first, after, weight_version=version)
-            reached = after
-        if reached < stop:
-            yield Span(reached, stop)
 
 
 def why_incomplete(start: int, status: np.ndarray[Any, Any]) -> str:

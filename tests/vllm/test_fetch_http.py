@@ -149,7 +149,8 @@ def test_tickets_are_long_random_and_listed_nowhere(client: httpx.Client) -> Non
 
 
 @pytest.mark.parametrize(
-    "ticket", ["0.guessed-guessed-guessed-guessed-", "7.elsewhere", "no ticket", "0.x?stop=3"]
+    "ticket",
+    ["0.guessed-guessed-guessed-guessed-", "7.elsewhere", "no ticket", "0.x?stop=3", "0.x?stop=x"],
 )
 def test_an_unknown_ticket_is_one_sentence_and_404(client: httpx.Client, ticket: str) -> None:
     response = client.get(f"/v1/routed_experts/{ticket}")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from shared_schema import RoutingLayout, RowStatus, decode, from_vllm_native
+from vllm_r3_plugin.fetch_path import FETCH_PATH, NotHeldError, Ticket, VersionedRows
 from vllm_r3_plugin.in_flight import rows_array, ticket_array, void_array
 from vllm_r3_plugin.received_rows import ReceivedRows
 from vllm_r3_plugin.request_options import RequestOptions
@@ -77,5 +78,20 @@ def test_a_ticket_survives_the_cut_of_the_tokens_it_came_with(cut: int) -> None:
     delivery = ReceivedRows(array, _options("r3"), stop=9).deliver(_layout(64))
     assert delivery.path == "/v1/routed_experts/0.secret?stop=9"
     assert delivery.routed_experts is delivery.reason is None
-    session = ReceivedRows(array, _options("r3")).deliver(_layout(64))
-    assert session.path == "/v1/routed_experts/0.secret"
+
+
+def test_a_path_says_which_weights_sampled_from_which_rows() -> None:
+    versions = [VersionedRows("step/7 & 8?", 4, 6), VersionedRows("9", 6, 9)]
+    array = ticket_array("0.secret", num_tokens=4)
+    path = ReceivedRows(array, _options("r3"), 9, versions).deliver(_layout(64)).path
+    assert path is not None
+    assert Ticket.of(path) == Ticket("0.secret", 9, tuple(versions))
+
+
+@pytest.mark.parametrize(
+    "query", ["stop=x", "weight_version=3:7", "weight_version=7", "weight_version=a-b:7"]
+)
+def test_a_query_that_no_response_named_is_refused_with_what_it_said(query: str) -> None:
+    with pytest.raises(NotHeldError, match="expected stop=ROW") as error:
+        Ticket.of(f"{FETCH_PATH}0.secret?{query}")
+    assert query in str(error.value)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared_schema import RoutingLayout, RowStatus, Span, decode, to_vllm_native
+from shared_schema import RoutingLayout, RowStatus, Span, decode, encode, to_vllm_native
 
 from .rigs.engine import start_engine, workload
 from .rigs.engine_process import run_in_engine_process
@@ -75,6 +75,8 @@ class _Engine:
 def _run(model: Path) -> dict[str, Any]:
     from vllm import SamplingParams
 
+    from vllm_r3_plugin import fetch
+
     engine = _Engine(model, skip_tokenizer_init=False, additional_config={"r3": {"encoding": "r3"}})
     rng = np.random.default_rng(0)
     letters = engine.llm.get_tokenizer().convert_tokens_to_ids(list(string.ascii_lowercase[:3]))
@@ -99,10 +101,16 @@ def _run(model: Path) -> dict[str, Any]:
         "native": engine.run(prompts, [params({"r3_encoding": "native"}) for _ in prompts]),
         "n=3": engine.run(prompts, [params(n=3) for _ in prompts]),
         "n=2 with stop string": engine.run(prompts, [params(**stops, n=2) for _ in prompts]),
-        "versions": engine.run(
-            prompts[:4], [params() for _ in range(4)], version_at={0: "default", 4: "7", 8: "8"}
-        ),
     }
+    for delivery in ("response", "fetch"):
+        settings = {"temperature": 0.0, "ignore_eos": True}
+        found[f"versions, {delivery}"] = engine.run(
+            prompts[:4],
+            [params({"r3_delivery": delivery}, **settings) for _ in range(4)],
+            version_at={0: "default", 4: "a/7 & 8", 8: "8"},
+        )
+    fetched = found["versions, fetch"]
+    fetched["carried"] = [encode(fetch(engine.llm, path)) for path in fetched["paths"]]
     fresh = random_prompts(rng, [100] * 8)
     found["off"] = engine.run(fresh, [params({"r3_routing": "off"}, **stops) for _ in fresh])
     found["after off"] = engine.run(fresh, [params() for _ in fresh])
@@ -182,16 +190,21 @@ def test_with_routing_off_nothing_is_sent_and_others_still_hit_its_rows(
 
 
 def test_spans_say_which_weights_sampled_from_a_row(run: dict[str, Any]) -> None:
-    group = run["versions"]
+    group = run["versions, response"]
     for rollout, payload in zip(group["rollouts"], group["carried"], strict=True):
         first, stop = len(rollout.prompt) - 1, len(rollout.tokens) - 1
         spans = decode(payload).spans
-        assert [span.weight_version for span in spans] == [None, "7", "8"]
-        assert spans[0][:2] == (0, first + 4)
-        assert spans[1:] == (
-            Span(first + 4, first + 8, weight_version="7"),
+        assert spans == (
+            Span(0, first + 4),
+            Span(first + 4, first + 8, weight_version="a/7 & 8"),
             Span(first + 8, stop, weight_version="8"),
         )
+
+
+def test_fetched_bytes_are_those_of_the_response_with_the_versions_of_the_weights(
+    run: dict[str, Any],
+) -> None:
+    assert run["versions, fetch"]["carried"] == run["versions, response"]["carried"]
 
 
 def test_encoded_rows_that_were_lost_say_so_and_the_others_are_right(run: dict[str, Any]) -> None:
