@@ -17,6 +17,7 @@ class TinyLayout:
     settings: dict[str, Any]
     # Wide enough that two correct float32 forwards rarely disagree, and no sigmoid is saturated.
     gate_std: float = 0.5
+    bias_std: float = 0.05
     # What `LLM` is started with besides.
     engine: dict[str, Any] = field(default_factory=dict)
 
@@ -81,7 +82,27 @@ LAYOUTS = {
     "scaled residuals": TinyLayout(
         "GraniteMoe",
         Shape(2, (0, 1), 16, 4),
-        {**_TWO_HEADS, "num_local_experts": 16, "num_experts_per_tok": 4},
+        {
+            **_TWO_HEADS,
+            "num_local_experts": 16,
+            "num_experts_per_tok": 4,
+            "embedding_multiplier": 4.0,
+            "residual_multiplier": 0.5,
+        },
+    ),
+    "dense first, two shared experts": TinyLayout(
+        "Ernie4_5_Moe",
+        Shape(3, (1, 2), 16, 4),
+        {
+            **_TWO_HEADS,
+            "moe_num_experts": 16,
+            "moe_k": 4,
+            "moe_intermediate_size": 32,
+            "moe_layer_start_index": 1,
+            "moe_num_shared_experts": 2,
+        },
+        # vLLM 0.32's CPU router chooses by softmax alone where experts have no groups.
+        bias_std=0.0,
     ),
     "biased gate, sliding windows": TinyLayout(
         "GptOss",
@@ -125,7 +146,7 @@ def make_layout(layout: TinyLayout, path: Path) -> Path:
         if name.endswith(("gate.weight", "router.weight")):
             torch.nn.init.normal_(tensor, std=layout.gate_std)
         elif name.endswith("e_score_correction_bias"):
-            torch.nn.init.normal_(tensor, std=0.05)
+            torch.nn.init.normal_(tensor, std=layout.bias_std)
     model.save_pretrained(path)
     save_tokenizer(path)
     return path
