@@ -44,7 +44,7 @@ class RoutingCaptureWorker:
             layout = RoutingLayout(
                 num_experts=num_experts,
                 top_k=top_k,
-                moe_layers=tuple(sorted(source.layer for source in sources)),
+                moe_layers=_distinct_layers(sources),
                 num_hidden_layers=config.get_total_num_hidden_layers(),
             )
             parallel = self.vllm_config.parallel_config
@@ -106,6 +106,18 @@ def _common_top_k(sources: list[RouterSource], default: int) -> int:
             "in all: serve this model without --enable-return-routed-experts."
         )
     return next(iter(by_top_k), default)
+
+
+def _distinct_layers(sources: list[RouterSource]) -> tuple[int, ...]:
+    by_layer = {source.layer: source.name for source in sources}
+    for source in sources:
+        last = by_layer[source.layer]
+        if source.name != last:
+            raise ValueError(
+                f"layer {source.layer} routes in {source.name!r} and in {last!r}, expected one "
+                "router in each layer: serve this model without --enable-return-routed-experts."
+            )
+    return tuple(sorted(by_layer))
 
 
 def worker_cls_over(base: str) -> str:

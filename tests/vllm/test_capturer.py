@@ -13,6 +13,7 @@ from vllm_r3_plugin.capturer import (
     capture_dtype,
     find_routers,
 )
+from vllm_r3_plugin.worker import _distinct_layers
 
 MAX_TOKENS = 16
 
@@ -162,3 +163,14 @@ def test_a_router_that_cannot_be_captured_is_an_error_that_names_its_layer():
     runner.routed_experts.quant_method.is_monolithic = True
     with pytest.raises(ValueError, match=r"layer 'experts' .* routes by itself"):
         list(find_routers(model, num_hidden_layers=8, top_k=2))
+
+
+def test_a_layer_with_two_routers_is_refused_with_their_names():
+    sources = [
+        RouterSource(layer, f"layers.{layer}.{name}", 2, lambda capture: None)
+        for layer, name in [(3, "experts"), (1, "text_experts"), (1, "vision_experts")]
+    ]
+    assert _distinct_layers(sources[:2]) == (1, 3)
+    with pytest.raises(ValueError, match="layer 1 routes in") as error:
+        _distinct_layers(sources)
+    assert "'layers.1.text_experts' and in 'layers.1.vision_experts'" in str(error.value)
