@@ -1,11 +1,14 @@
 """Worker classes for the tests, named on the command line as a user names his own."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from vllm.v1.worker.cpu_worker import CPUWorker
+
+from .lost_payloads import losing_payloads
 
 
 class PipelineWorker(CPUWorker):
@@ -90,3 +93,17 @@ class RouterUpdate:
                 gate = self.model_runner.model.get_submodule(name.removesuffix(".weight"))
                 gate.weight = torch.nn.Parameter(weight, requires_grad=False)
                 gate.quant_method.process_weights_after_loading(gate)
+
+
+class LossyWorker(CPUWorker):
+    """Loses all payloads while it is told to."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._losing = ExitStack()
+
+    def lose_payloads(self) -> None:
+        self._losing.enter_context(losing_payloads(1.0))
+
+    def keep_payloads(self) -> None:
+        self._losing.close()
