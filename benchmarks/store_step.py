@@ -53,10 +53,11 @@ class CountedSlots(dict[str, int]):
 @contextmanager
 def counted_slots(store: Any) -> Iterator[CountedSlots]:
     """Count the look-ups of requests in the page store."""
-    kept = store._slot_of
-    store._slot_of = counted = CountedSlots(kept)
+    slots = store._slots
+    kept = slots._slot_of
+    slots._slot_of = counted = CountedSlots(kept)
     yield counted
-    store._slot_of = kept
+    slots._slot_of = kept
 
 
 def prefill(engines: dict[str, Engine], steps: int) -> dict[str, list[float]]:
@@ -109,7 +110,7 @@ def profile(engine: OurEngine, count: int) -> dict[str, Any]:
     engine.forward.clock = CallCounter()
     calls = 1e-3 * np.array(decode(engine, count, BLOCK_SIZE))
     engine.forward.clock = clock
-    store._last_batch = ()
+    store._slots._last_batch = ()
     with counted_slots(store) as counted:
         decode(engine, count, 1)
         once = counted.lookups

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 
@@ -14,8 +14,14 @@ class BlocksOfPages(Protocol):
     known; rows behind it are found by their hash alone.
     """
 
-    def of(self, request_id: str, page_index: int) -> int | None:
-        """The KV block of a request's page."""
+    def of_request(self, request_id: str) -> Sequence[Any]:
+        """The block of each page that the request has now.
+
+        It grows with the request, and stays as it is when the request loses its blocks.
+        """
+
+    def number(self, blocks: Sequence[Any], page_index: int) -> int | None:
+        """One of the blocks of :meth:`of_request`."""
 
     def used_by_hits(self, key: Hashable) -> int | None:
         """The KV block in which a request with this block hash finds its tokens now."""
@@ -42,12 +48,14 @@ class KVBlocks:
         self._are_pages = managers[self._group].block_size == page_size
         self._blocks_of = managers[self._group].req_to_blocks
         self._cached_block = kv_cache_manager.block_pool.get_cached_block
-        self._given_up: dict[str, list[Any]] = {}
 
-    def of(self, request_id: str, page_index: int) -> int | None:
-        """The block of that index, also after the request has lost it."""
-        blocks = self._given_up.get(request_id) or self._blocks_of.get(request_id, ())
-        if not self._are_pages or page_index >= len(blocks) or blocks[page_index].is_null:
+    def of_request(self, request_id: str) -> Sequence[Any]:
+        """VLLM's own list: it extends it, and begins another when it has taken the blocks away."""
+        return self._blocks_of.get(request_id, ()) if self._are_pages else ()
+
+    def number(self, blocks: Sequence[Any], page_index: int) -> int | None:
+        """The block's id, if there is a block and it is not null."""
+        if page_index >= len(blocks) or blocks[page_index].is_null:
             return None
         return int(blocks[page_index].block_id)
 
@@ -55,13 +63,3 @@ class KVBlocks:
         """Of several cached blocks with one hash, vLLM uses the first."""
         cached = self._cached_block(key, [self._group])
         return None if cached is None else int(cached[0].block_id)
-
-    def remember(self, request_id: str) -> None:
-        """Keep the blocks of a request that is about to lose them: steps in flight wrote them."""
-        blocks = self._blocks_of.get(request_id)
-        if blocks:  # a request may end that has lost them before
-            self._given_up[request_id] = list(blocks)
-
-    def forget(self, request_id: str) -> None:
-        """Let go of what :meth:`remember` kept."""
-        self._given_up.pop(request_id, None)

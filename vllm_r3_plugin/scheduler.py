@@ -153,7 +153,6 @@ class RoutingScheduler:
         super().shutdown()  # type: ignore[misc]
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
-        self._r3_remember_blocks(request)
         super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
         with self._r3_guard("preempting a request", (request.request_id,)):
             self._r3_restarted.add(request.request_id)
@@ -172,7 +171,6 @@ class RoutingScheduler:
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         with self._r3_guard("keeping rows to be fetched", (request.request_id,)):
             self._r3_sender.hold_if_ended_by_stop_string(self.r3_store, request)
-        self._r3_remember_blocks(request)
         result = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
         # Steps in flight may still write KV blocks that other requests hit: keep taking its rows.
         self._r3_retired.append((self._r3_step_number, request.request_id))
@@ -232,7 +230,6 @@ class RoutingScheduler:
                 tracked.kept = request.num_tokens - 1
         if not tracked.is_returned and not self.vllm_config.cache_config.enable_prefix_caching:
             return  # nobody will ask for its rows
-        self._r3_kv_blocks.forget(request_id)
         num_loaded = self._r3_num_loaded.pop(request_id, 0)
         step.pending_hits += self.r3_store.admit(
             request_id, start, request.block_hashes, tracked.kept, num_loaded
@@ -248,11 +245,6 @@ class RoutingScheduler:
             update_state_after_alloc(request, blocks, num_external_tokens)
 
         self.connector.update_state_after_alloc = watch
-
-    def _r3_remember_blocks(self, request: Any) -> None:
-        if self._r3_steps:
-            with self.r3_journal.guard("noting the KV blocks of a request"):
-                self._r3_kv_blocks.remember(request.request_id)
 
     def _r3_guard(self, place: str, concerned: Iterable[str]) -> Guard:
         """A guard after whose exception the routing of the requests concerned is unrecorded."""
@@ -330,7 +322,6 @@ class RoutingScheduler:
                 self._r3_count_served(request_id)
                 self.r3_store.release(request_id)
             self._r3_tracked.pop(request_id, None)
-            self._r3_kv_blocks.forget(request_id)
             self._r3_num_loaded.pop(request_id, None)
             self.r3_out_of_band.forget(request_id)
             for members in (

@@ -29,8 +29,8 @@ from .rigs.tiny_models import NUM_LAYERS, TOP_K
 from .rigs.transformers_oracle import TransformersOracle
 
 MODULES = (
-    *("capturer", "kv_blocks", "page_store", "published_pages", "received_rows", "row_sender"),
-    *("runner_batch", "scheduler", "step_capture", "step_rows"),
+    *("capturer", "kv_blocks", "page_pool", "page_store", "published_pages", "received_rows"),
+    *("request_slots", "row_sender", "runner_batch", "scheduler", "step_capture", "step_rows"),
 )
 UNGUARDED = {
     # At start-up, where an error is a refusal.
@@ -40,7 +40,6 @@ UNGUARDED = {
     "routing_scheduler",
     # They hold the guards around what they call, and vLLM's own part.
     *("LayerCapture.__call__", "RoutingScheduler._r3_guard", "StepCapture._attach"),
-    "RoutingScheduler._r3_remember_blocks",
     *("StepCapture._send", "StepCapture.execute_model", "StepCapture.sample_tokens"),
 }
 AFTER_A_FAULT = {

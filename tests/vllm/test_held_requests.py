@@ -14,7 +14,7 @@ from vllm_r3_plugin.options import R3Options
 from vllm_r3_plugin.request_options import RequestOptions
 from vllm_r3_plugin.row_reader import RowReader
 
-from .test_page_store import LAYOUT, SIZE, History, feed, make_store, rows_for, tags
+from .rigs.page_stores import LAYOUT, SIZE, History, feed, make_store, rows_for, tags
 
 PAGE_BYTES = SIZE * LAYOUT.row_nbytes
 OPTIONS = RequestOptions("on", 0, "r3", "fetch", "omit")

@@ -12,7 +12,7 @@ from vllm_r3_plugin.journal import Journal
 from vllm_r3_plugin.late_outputs import LateOutputs
 from vllm_r3_plugin.row_reader import RowReader
 
-from .test_page_store import LAYOUT, feed, make_store, rows_for
+from .rigs.page_stores import LAYOUT, feed, make_store, rows_for
 
 NAMES = ("long", "other", "longer")
 

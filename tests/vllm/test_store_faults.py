@@ -9,13 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from .rigs.faults import InjectedError, failing, fault_points
-from .test_page_store import SIZE, History, feed, make_store, statuses, tags
+from .rigs.page_stores import SIZE, History, feed, make_store, statuses, tags
+
+_REPAIRS = ("__init__", "repair", "clear", "_clear", "withdraw_all")
 
 INSIDE = [
     point
-    for point in fault_points(["page_store", "published_pages"])
-    if point.name.startswith(("PageStore._", "PageStore.read", "PublishedPages."))
-    and not point.name.endswith((".__init__", ".repair", ".clear"))
+    for point in fault_points(["page_store", "page_pool", "published_pages", "request_slots"])
+    if (not point.name.startswith("PageStore.") or point.attribute.startswith(("_", "read")))
+    and point.attribute not in _REPAIRS
 ]
 
 
@@ -101,12 +103,12 @@ def test_a_hit_that_is_still_open_when_its_request_begins_again_is_void():
 
 
 @contextmanager
-def refusing(allocate, number):
-    """Allocation `number`, from 1, of the page store by a function of numpy fails."""
+def refusing(allocate, module, number):
+    """Allocation `number`, from 1, of this module of the plugin by a function of numpy fails."""
     calls = []
 
     def allocates(*args):
-        if sys._getframe(1).f_globals["__name__"] == "vllm_r3_plugin.page_store":
+        if sys._getframe(1).f_globals["__name__"] == f"vllm_r3_plugin.{module}":
             calls.append(args)
             if len(calls) == number:
                 raise MemoryError("none left")
@@ -123,7 +125,7 @@ def test_host_memory_that_is_refused_costs_the_rows_that_needed_it(number):
     store = make_store(cached_pages=2, max_pages=64)
     store.admit("a", 0, [])
     feed(store, ("a", 1, 0, 8))
-    with refusing(np.zeros, number):
+    with refusing(np.zeros, "page_pool", number):
         feed(store, ("a", 1, 8, 24))
     assert tags(store, "a", 0, 24) == [1] * 8 + [None] * 16
     assert store.rows_dropped == 16
@@ -131,12 +133,12 @@ def test_host_memory_that_is_refused_costs_the_rows_that_needed_it(number):
     assert tags(store, "a", 0, 28) == [1] * 8 + [None] * 20
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_no_memory_for_another_request_leaves_those_there_are_whole(number):
     store = make_store(cached_pages=200, max_pages=200)
     for i in range(63):
         store.admit(f"r{i}", 0, [])
-    with refusing(np.concatenate, number), pytest.raises(MemoryError):
+    with refusing(np.concatenate, "request_slots", number), pytest.raises(MemoryError):
         store.admit("one too many", 0, [])
     store.repair(["one too many"])
     store.admit("the next", 0, [])
@@ -148,10 +150,10 @@ def test_no_memory_for_another_request_leaves_those_there_are_whole(number):
 def test_the_pool_is_not_touched_before_it_is_used():
     before = _resident_bytes()
     store = make_store(cached_pages=1 << 24, max_pages=1 << 25)
-    assert store._pool.nbytes > 1 << 28
+    assert store._pool.ids.nbytes > 1 << 28
     store.admit("a", 0, [])
     feed(store, ("a", 1, 0, 12))
-    assert _resident_bytes() - before < store._pool.nbytes / 8
+    assert _resident_bytes() - before < store._pool.ids.nbytes / 8
 
 
 def _resident_bytes():

@@ -1,0 +1,142 @@
+"""Page stores by themselves, whose rows spell who wrote them, and the prefix cache they follow."""
+
+import numpy as np
+
+from shared_schema import RoutingLayout, RowStatus
+from vllm_r3_plugin.page_store import PageStore
+
+LAYOUT = RoutingLayout(num_experts=200, top_k=3, moe_layers=(1, 2), num_hidden_layers=3)
+SIZE = 4
+
+
+class Blocks:
+    """A prefix cache: the KV blocks of each request, and those that each key finds, in order."""
+
+    def __init__(self):
+        self.held, self.cached = {}, {}
+
+    def fill(self, request, **blocks):
+        self.held[request] = list(blocks.values())
+        for key, block in blocks.items():
+            found = self.cached.setdefault(key.encode(), [])
+            found += [block] * (block not in found)
+
+    def of_request(self, request):
+        return self.held.get(request, ())
+
+    def number(self, blocks, page_index):
+        return blocks[page_index] if page_index < len(blocks) else None
+
+    def used_by_hits(self, key):
+        found = self.cached.get(key, ())
+        return found[0] if found else None
+
+
+def make_store(cached_pages=64, max_pages=64, layout=LAYOUT, max_tokens=64):
+    return PageStore(layout, SIZE, max_tokens, cached_pages, max_pages, Blocks())
+
+
+def rows_for(tag, positions):
+    """Rows that spell who wrote them and for which position."""
+    positions = np.asarray(positions)
+    ids = np.empty((len(positions), 2, 3), np.uint8)
+    ids[:, 0] = tag
+    ids[:, 1] = positions[:, None]
+    return ids
+
+
+def feed(store, *runs, status=RowStatus.RECORDED):
+    """One step: each run is (request, tag, first position, position after the last)."""
+    positions = np.concatenate([np.arange(a, b) for _, _, a, b in runs])
+    ids = np.concatenate([rows_for(tag, np.arange(a, b)) for _, tag, a, b in runs])
+    lengths = np.array([b - a for _, _, a, b in runs])
+    store.write([r for r, *_ in runs], lengths, positions, ids, status)
+
+
+def tags(store, request, start, stop):
+    """Who wrote each row, None where it is unrecorded; positions must be right."""
+    ids, status = store.read(request, start, stop)
+    assert len(ids) == len(status) == stop - start
+    recorded = status == RowStatus.RECORDED
+    assert (ids[recorded, 1] == np.arange(start, stop)[recorded, None]).all()
+    assert (ids[~recorded] == LAYOUT.fill_id).all()
+    return [int(i[0, 0]) if ok else None for i, ok in zip(ids, recorded, strict=True)]
+
+
+def statuses(store, request, start, stop):
+    return [RowStatus(s).name for s in store.read(request, start, stop)[1]]
+
+
+class History:
+    """The same store, and the prefix cache that it follows, as dictionaries.
+
+    ``rows`` holds the tag that each (request, position) must read back as, if it is recorded;
+    ``content`` the tags of the KV that each block holds, None where the step's rows were lost.
+    """
+
+    def __init__(self, cached_pages):
+        self.blocks = Blocks()
+        self.store = PageStore(LAYOUT, SIZE, 64, cached_pages, 64, self.blocks)
+        self.tag = self.next_block = 0
+        self.rows, self.kept, self.fed, self.family, self.content = {}, {}, {}, {}, {}
+
+    def admit(self, name, most_hits, keep=0):
+        keys = [(self.family[name], index) for index in range(10)]
+        found = [self.blocks.cached.get(key, ()) for key in keys[:most_hits]]
+        hits = [blocks[0] for blocks in found[: [*map(bool, found), False].index(False)]]
+        self.blocks.held[name] = hits
+        self.fed[name] = self.kept[name] = max(keep, len(hits) * SIZE)
+        self.store.resolve(self.store.admit(name, len(hits) * SIZE, keys, keep))
+        self.forget(name, keep)
+        for position in range(keep, len(hits) * SIZE):
+            block, offset = hits[position // SIZE], position % SIZE
+            self.rows[name, position] = self.content[block].get(offset)
+        self.fed[name] = len(hits) * SIZE
+
+    def begin(self, name, family, most_hits):
+        self.family[name] = family
+        self.admit(name, most_hits)
+
+    def step(self, names, count, *, arrives):
+        self.tag = self.tag % 199 + 1
+        for name in names:
+            blocks = self.blocks.held[name]
+            while len(blocks) * SIZE < self.fed[name] + count:
+                self.next_block += 1
+                self.content[self.next_block] = {}
+                key = (self.family[name], len(blocks))
+                blocks.append(self.next_block)
+                self.blocks.cached.setdefault(key, []).append(self.next_block)
+        runs = [(n, self.tag, self.fed[n], self.fed[n] + count) for n in names]
+        for name, tag, start, stop in runs:
+            self.fed[name] = stop
+            for position in range(start, stop):
+                block = self.blocks.held[name][position // SIZE]
+                self.content[block][position % SIZE] = tag if arrives else None
+                if position >= self.kept[name]:
+                    self.rows[name, position] = tag if arrives else None
+        if arrives and runs:
+            feed(self.store, *runs)
+
+    def end(self, name):
+        self.store.release(name)
+        self.forget(name, 0)
+        del self.fed[name]
+
+    def forget(self, name, keep):
+        self.rows = {k: v for k, v in self.rows.items() if k[0] != name or k[1] < keep}
+
+    def evict(self, key, index):
+        del self.blocks.cached[key][index]
+
+    def reset(self):
+        self.store.start_generation()
+        self.blocks.cached.clear()
+
+    def check(self):
+        for name in self.fed:
+            for position, tag in enumerate(tags(self.store, name, 0, 40)):
+                expected = self.rows.get((name, position))
+                assert tag in (None, expected), (name, position, tag, expected)
+                if position >= self.kept[name]:
+                    assert tag == expected, f"{name} lost position {position}"
