@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+TAKEN = -1
+"""In place of a block's number: the block was allocated anew, and its KV is nowhere any more."""
 
 
 class BlocksOfPages(Protocol):
     """Tells apart computations of the same tokens: each fills a KV block of its own.
 
     Two requests may compute the same tokens, under new weights with other experts. Their blocks
-    have the same hash, so rows must say to which of them they belong. None is a block that is not
-    known; rows behind it are found by their hash alone.
+    have the same hash, so rows must say to which of them they belong. A block has another number
+    each time that it is allocated. None is a block that is not known; rows behind it are found by
+    their hash alone.
     """
 
-    def of_request(self, request_id: str) -> Sequence[Any]:
-        """The block of each page that the request has now.
+    def of_request(self, request_id: str) -> Any:
+        """The block of each page that the request has now, and of those that it will add."""
 
-        It grows with the request, and stays as it is when the request loses its blocks.
-        """
-
-    def number(self, blocks: Sequence[Any], page_index: int) -> int | None:
-        """One of the blocks of :meth:`of_request`."""
+    def number(self, blocks: Any, page_index: int) -> int | None:
+        """One of the blocks of :meth:`of_request`, or ``TAKEN``."""
 
     def used_by_hits(self, key: Hashable) -> int | None:
         """The KV block in which a request with this block hash finds its tokens now."""
+
+
+@dataclass(slots=True)
+class BlocksOfRequest:
+    """VLLM's own list of a request's blocks, which grows with the request.
+
+    Attributes:
+        blocks: the list; vLLM begins another when it has taken the blocks away.
+        lost_at: the last number that was given out when it took them away.
+
+    """
+
+    blocks: Sequence[Any]
+    lost_at: int = sys.maxsize
 
 
 class KVBlocks:
@@ -47,19 +64,52 @@ class KVBlocks:
         self._group = whole[0] if whole else 0
         self._are_pages = managers[self._group].block_size == page_size
         self._blocks_of = managers[self._group].req_to_blocks
-        self._cached_block = kv_cache_manager.block_pool.get_cached_block
+        pool = kv_cache_manager.block_pool
+        self._cached_block = pool.get_cached_block
+        self._number_of = list(range(len(pool.blocks)))
+        self._last_number = len(pool.blocks)
+        self._replaced: list[int] = []
+        self._of_request: dict[str, BlocksOfRequest] = {}
+        self._watch_allocations(pool)
 
-    def of_request(self, request_id: str) -> Sequence[Any]:
-        """VLLM's own list: it extends it, and begins another when it has taken the blocks away."""
-        return self._blocks_of.get(request_id, ()) if self._are_pages else ()
+    def of_request(self, request_id: str) -> BlocksOfRequest:
+        """Its blocks until :meth:`lose`."""
+        found = BlocksOfRequest(self._blocks_of.get(request_id, ()) if self._are_pages else ())
+        self._of_request[request_id] = found
+        return found
 
-    def number(self, blocks: Sequence[Any], page_index: int) -> int | None:
-        """The block's id, if there is a block and it is not null."""
-        if page_index >= len(blocks) or blocks[page_index].is_null:
+    def lose(self, request_id: str) -> None:
+        """Note that a request is about to lose its blocks; steps in flight may have filled them."""
+        found = self._of_request.pop(request_id, None)
+        if found is not None:
+            found.lost_at = self._last_number
+
+    def number(self, blocks: BlocksOfRequest, page_index: int) -> int | None:
+        """The block's number, if there is a block and it is not null."""
+        if page_index >= len(blocks.blocks) or blocks.blocks[page_index].is_null:
             return None
-        return int(blocks[page_index].block_id)
+        number = self._number_of[blocks.blocks[page_index].block_id]
+        return number if number <= blocks.lost_at else TAKEN
 
     def used_by_hits(self, key: Hashable) -> int | None:
         """Of several cached blocks with one hash, vLLM uses the first."""
         cached = self._cached_block(key, [self._group])
-        return None if cached is None else int(cached[0].block_id)
+        return None if cached is None else self._number_of[cached[0].block_id]
+
+    def take_replaced(self) -> list[int]:
+        """Numbers that blocks had which were allocated anew since the last call."""
+        replaced, self._replaced = self._replaced, []
+        return replaced
+
+    def _watch_allocations(self, pool: Any) -> None:
+        allocate = pool.get_new_blocks
+
+        def watch(*args: Any, **kwargs: Any) -> Any:
+            blocks = allocate(*args, **kwargs)
+            for block in blocks:
+                self._replaced.append(self._number_of[block.block_id])
+                self._last_number += 1
+                self._number_of[block.block_id] = self._last_number
+            return blocks
+
+        pool.get_new_blocks = watch

@@ -21,7 +21,7 @@ class PagePool:
     Args:
         layout: shape of a row.
         page_size: B, rows of a page.
-        cached_pages: pages kept in all before unreferenced ones are given up.
+        cached_pages: published pages at most, as long as requests do not refer to more.
         max_pages: pages at most. Pinned pages are kept in addition to both.
 
     Attributes:
@@ -60,8 +60,10 @@ class PagePool:
         found = self._free[from_free:]
         del self._free[from_free:]
         found += self._unused(count - len(found), self._soft_limit)
-        found += self.published.evict(count - len(found))
+        if len(self.published) > self._soft_limit:
+            found += self.published.evict(count - len(found))
         found += self._unused(count - len(found), self._max_pages)
+        found += self.published.evict(count - len(found))
         found += [NOWHERE] * (count - len(found))
         pages = np.array(found, np.int64)
         self.status[pages] = RowStatus.STEP_LOST
@@ -89,7 +91,8 @@ class PagePool:
 
     def are_recorded(self, pages: Integer[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
         """Whether all rows of each page are recorded; page 0 has none."""
-        return ~self.status[pages].any(1) & (pages != NOWHERE)
+        recorded: Bool[np.ndarray, " n"] = ~self.status[pages].any(1) & (pages != NOWHERE)
+        return recorded
 
     def share(self, page: int) -> None:
         """Refer to a published page once more."""

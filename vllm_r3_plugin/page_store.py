@@ -10,7 +10,7 @@ from jaxtyping import Int, Integer, UInt8
 
 from shared_schema import RoutingLayout, RowStatus
 from vllm_r3_plugin.frozen_rows import NOWHERE, FrozenRows, Rows
-from vllm_r3_plugin.kv_blocks import BlocksOfPages
+from vllm_r3_plugin.kv_blocks import TAKEN, BlocksOfPages
 from vllm_r3_plugin.page_pool import PagePool
 from vllm_r3_plugin.published_pages import FullPage
 from vllm_r3_plugin.request_slots import NEVER, RequestSlots
@@ -34,7 +34,7 @@ class PageStore:
 
     Full pages are published under the key of their tokens. A request admitted with a prefix-cache
     hit on the same KV block shares them, which pins them; pages that no request refers to are kept
-    until room is needed, least recently used first.
+    until :meth:`withdraw` names their block, or room is needed, least recently used first.
 
     Rows that are pinned stay after their request has ended, until they are unpinned. Their pages
     are kept in addition to ``cached_pages`` and ``max_pages``. One thread calls the store; any may
@@ -47,7 +47,7 @@ class PageStore:
         layout: shape of a row.
         page_size: B, rows of a page: the tokens of a KV block hash.
         max_tokens: longest sequence.
-        cached_pages: pages kept in all before unreferenced ones are given up.
+        cached_pages: published pages at most, as long as requests do not refer to more.
         max_pages: pages at most. Beyond it new rows are dropped and read back as unrecorded.
         kv_blocks: which KV block a page belongs to.
 
@@ -245,6 +245,13 @@ class PageStore:
         self._slots.published_from[:] = NEVER
         self._pool.withdraw_all()
 
+    def withdraw(self, blocks: Iterable[int]) -> None:
+        """Give up the pages of KV blocks that no longer hold their tokens."""
+        for block in blocks:
+            page = self._pool.published.find_by_block(block)
+            if page != NOWHERE:
+                self._pool.withdraw(page)
+
     def repair(self, lost: Iterable[str]) -> None:
         """Forget requests, after an exception that may have left work on them half done.
 
@@ -270,9 +277,9 @@ class PageStore:
         is_first[0] = True
         np.not_equal(places[1:], places[:-1], out=is_first[1:])
         first_places = places[is_first]
-        table = table.reshape(-1)
-        table[first_places] = self._pool.new(len(first_places))
-        pages: Int[np.ndarray, " n"] = table[places]
+        page_at = table.reshape(-1)
+        page_at[first_places] = self._pool.new(len(first_places))
+        pages: Int[np.ndarray, " n"] = page_at[places]
         self.rows_dropped += len(pages) - int(np.count_nonzero(pages))
         return pages
 
@@ -319,16 +326,22 @@ class PageStore:
         ):
             keys = keys_of[slot]
             if index < len(keys):
-                found.append((page, keys[index], number(blocks_of[slot], index)))
+                block = number(blocks_of[slot], index)
+                if block != TAKEN:
+                    found.append((page, keys[index], block))
         for another in self._pool.published.add(found):
             self._publish_again(another)
 
     def _publish_again(self, full: FullPage) -> None:
-        """Publish a page in place of another with its key, if hits use its KV block."""
+        """Let a page stand for its key in place of another, if hits use its KV block."""
         _, key, block = full
-        if block is None or self._kv_blocks.used_by_hits(key) in (None, block):
-            self._pool.withdraw(self._pool.published.find(key))
-            self._pool.published.add([full])
+        published = self._pool.published
+        if block is not None and self._kv_blocks.used_by_hits(key) not in (None, block):
+            return
+        older = published.find(key)
+        if not published.has_block(older):
+            self._pool.withdraw(older)
+        published.let_stand(full)
 
     def _truncate(self, slot: int, stop: int) -> None:
         """Forget rows from position ``stop`` on."""
@@ -339,6 +352,7 @@ class PageStore:
             if page not in self._pool.published:
                 self._pool.status[page, offset:] = RowStatus.STEP_LOST
             index += 1
-        columns = index + np.flatnonzero(row[index:])
+        # The last page first: a hit needs all that come before.
+        columns = (index + np.flatnonzero(row[index:]))[::-1]
         self._pool.drop(row[columns])
         row[columns] = NOWHERE

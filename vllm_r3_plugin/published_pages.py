@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
+from itertools import islice
 
 from vllm_r3_plugin.frozen_rows import NOWHERE
 
@@ -12,7 +13,7 @@ FullPage = tuple[int, Hashable, int | None]
 
 
 class PublishedPages:
-    """Page of each key, and the KV block that its rows belong to.
+    """Page of each KV block, and of each key one that stands for all of its blocks.
 
     Attributes:
         unreferenced: pages that no request refers to, least recently used first.
@@ -21,15 +22,23 @@ class PublishedPages:
 
     def __init__(self) -> None:
         self.unreferenced: OrderedDict[int, None] = OrderedDict()
-        self._of_key: dict[Hashable, FullPage] = {}
-        self._key_of_page: dict[int, Hashable] = {}
+        self._of_page: dict[int, FullPage] = {}
+        self._of_key: dict[Hashable, int] = {}
+        self._of_block: dict[int, int] = {}
 
     def __contains__(self, page: int) -> bool:
-        return page in self._key_of_page
+        return page in self._of_page
+
+    def __len__(self) -> int:
+        return len(self._of_page)
 
     def find(self, key: Hashable) -> int:
-        """The page of a key, whatever its KV block; ``NOWHERE`` if there is none."""
-        return self._of_key.get(key, (NOWHERE,))[0]
+        """The page that stands for a key; ``NOWHERE`` if there is none."""
+        return self._of_key.get(key, NOWHERE)
+
+    def find_by_block(self, block: int) -> int:
+        """The page whose rows belong to a KV block alone; ``NOWHERE`` if there is none."""
+        return self._of_block.get(block, NOWHERE)
 
     def find_for_hit(self, key: Hashable, block: int | None) -> int:
         """The page whose rows belong to ``block``; ``NOWHERE`` if there is none.
@@ -37,53 +46,79 @@ class PublishedPages:
         None is a block into which KV was copied or loaded: the page's rows then belong to several
         blocks.
         """
-        if key not in self._of_key:
-            return NOWHERE
-        page, _, its_block = self._of_key[key]
-        if block is None:
-            self._of_key[key] = page, key, None
-        elif its_block not in (None, block):
-            return NOWHERE
+        page = NOWHERE if block is None else self.find_by_block(block)
+        if page == NOWHERE:
+            page = self.find(key)
+            if page == NOWHERE:
+                return NOWHERE
+            its_block = self._of_page[page][2]
+            if block is None and its_block is not None:
+                self._of_page[page] = page, key, None
+                del self._of_block[its_block]
+            elif its_block is not None:
+                return NOWHERE
         return page
 
     def add(self, pages: Iterable[FullPage]) -> list[FullPage]:
-        """Publish pages under keys that have none; returns those whose key another page has."""
-        of_key, key_of_page = self._of_key, self._key_of_page
+        """Publish pages; returns those for whose key another page stands.
+
+        Where their block is not known either, they are not published.
+        """
+        of_page, of_key, of_block = self._of_page, self._of_key, self._of_block
         others = []
         for one in pages:
-            page, key, _ = one
-            if page in key_of_page:
+            page, key, block = one
+            if page in of_page:
                 continue
-            if of_key.setdefault(key, one) is one:  # first: what repair() trusts
-                key_of_page[page] = key
-            else:
+            if of_key.setdefault(key, page) != page:
                 others.append(one)
+                if block is None:
+                    continue
+            if block is not None:
+                of_block[block] = page
+            of_page[page] = one  # last: what repair() trusts
         return others
+
+    def let_stand(self, full: FullPage) -> None:
+        """Publish a page that stands for its key from now on."""
+        page, key, _ = full
+        self._of_key[key] = page
+        self._of_page[page] = full
+
+    def has_block(self, page: int) -> bool:
+        """Whether the rows of a page belong to one KV block alone."""
+        return self._of_page[page][2] is not None
 
     def remove(self, page: int) -> bool:
         """Withdraw a page; says whether no request refers to it."""
-        del self._of_key[self._key_of_page.pop(page)]
+        _, key, block = self._of_page.pop(page)
+        if self._of_key.get(key) == page:
+            del self._of_key[key]
+        if block is not None:
+            self._of_block.pop(block, None)
         was_unreferenced = page in self.unreferenced
         self.unreferenced.pop(page, None)
         return was_unreferenced
 
     def evict(self, count: int) -> list[int]:
         """Withdraw ``count`` pages that no request refers to, or as many as there are."""
-        unreferenced = self.unreferenced
-        pages = [unreferenced.popitem(last=False)[0] for _ in range(min(count, len(unreferenced)))]
-        for key in map(self._key_of_page.pop, pages):
-            del self._of_key[key]
+        pages = list(islice(self.unreferenced, max(0, count)))
+        for page in pages:
+            self.remove(page)
         return pages
 
     def clear(self) -> None:
         """Withdraw all."""
         self.unreferenced.clear()
+        self._of_page.clear()
         self._of_key.clear()
-        self._key_of_page.clear()
+        self._of_block.clear()
 
     def repair(self, unreferenced: Iterable[int]) -> None:
-        """Rebuild all from the keys, after an exception that may have left a change half done."""
-        self._key_of_page = {page: key for page, key, _ in self._of_key.values()}
+        """Rebuild all from the pages, after an exception that may have left a change half done."""
+        self._of_key = {key: page for key, page in self._of_key.items() if page in self}
+        full = self._of_page.values()
+        self._of_block = {block: page for page, _, block in full if block is not None}
         published = [page for page in unreferenced if page in self]
         # The order of those that were in it is kept.
         order = {page: place for place, page in enumerate(self.unreferenced)}

@@ -99,6 +99,10 @@ class RoutingScheduler:
             self.r3_reader.release()
             self.r3_held.release_expired()
             self._r3_release_retired()
+        with self._r3_guard("giving up pages of KV blocks", ()):
+            replaced = self._r3_kv_blocks.take_replaced()
+            if self.connector is None:  # it may load the same KV again
+                self.r3_store.withdraw(replaced)
         for new in scheduler_output.scheduled_new_reqs:
             with self._r3_guard("admitting a request", (new.req_id,)):
                 self._r3_admit(new.req_id, scheduler_output, step)
@@ -153,6 +157,8 @@ class RoutingScheduler:
         super().shutdown()  # type: ignore[misc]
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        with self._r3_guard("noting lost KV blocks", (request.request_id,)):
+            self._r3_kv_blocks.lose(request.request_id)
         super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
         with self._r3_guard("preempting a request", (request.request_id,)):
             self._r3_restarted.add(request.request_id)
@@ -171,6 +177,8 @@ class RoutingScheduler:
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         with self._r3_guard("keeping rows to be fetched", (request.request_id,)):
             self._r3_sender.hold_if_ended_by_stop_string(self.r3_store, request)
+        with self._r3_guard("noting lost KV blocks", (request.request_id,)):
+            self._r3_kv_blocks.lose(request.request_id)
         result = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
         # Steps in flight may still write KV blocks that other requests hit: keep taking its rows.
         self._r3_retired.append((self._r3_step_number, request.request_id))

@@ -417,6 +417,19 @@ SEAMS = (
         _UPSTREAM,
     ),
     Seam(
+        "vllm.v1.core.block_pool:BlockPool.get_new_blocks",
+        "wrapped on the instance",
+        "tells when a KV block no longer holds the tokens that its page of rows belongs to",
+        _UPSTREAM,
+    ),
+    Seam(
+        "vllm.v1.core.block_pool:BlockPool",
+        "read",
+        "how many KV blocks there are",
+        _UPSTREAM,
+        ("blocks",),
+    ),
+    Seam(
         "vllm.v1.request:Request",
         "read",
         "which rows belong to emitted tokens, and the block hashes",

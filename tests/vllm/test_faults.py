@@ -37,7 +37,7 @@ UNGUARDED = {
     *("_attribute_attacher", "_build_store", "_chained", "_router_attacher", "_sink_attacher"),
     *("LayerCapture.__init__", "PageStore.__init__", "RoutingCapturer.__init__"),
     *("RowSender.__init__", "StepCapture.__init__", "capture_dtype", "find_routers"),
-    "routing_scheduler",
+    *("KVBlocks._watch_allocations", "routing_scheduler"),
     # They hold the guards around what they call, and vLLM's own part.
     *("LayerCapture.__call__", "RoutingScheduler._r3_guard", "StepCapture._attach"),
     *("StepCapture._send", "StepCapture.execute_model", "StepCapture.sample_tokens"),

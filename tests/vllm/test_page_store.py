@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from shared_schema import RoutingLayout, RowStatus
 
-from .rigs.page_stores import LAYOUT, History, feed, make_store, rows_for, statuses, tags
+from .rigs.page_stores import LAYOUT, ROOMY, History, feed, make_store, rows_for, statuses, tags
 
 
 def test_rows_come_back_by_request_and_position_whatever_the_batch_order():
@@ -184,7 +184,7 @@ def test_a_position_beyond_the_longest_sequence_is_refused():
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_no_history_of_losses_preemptions_hits_and_resets_yields_a_wrong_row(data):
-    history = History(data.draw(st.sampled_from([2, 8, 64])))
+    history = History(data.draw(st.sampled_from([2, 8, ROOMY])))
 
     def draw_hits():
         """0 computes tokens again that are cached, in other blocks."""

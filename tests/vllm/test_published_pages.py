@@ -1,7 +1,8 @@
-"""Prefix-cache hits on the page store by itself: they have the rows of their own KV, or none."""
+"""Prefix-cache hits on the page store by itself: they have the rows of their own KV."""
 
 import pytest
 
+from vllm_r3_plugin.kv_blocks import TAKEN
 from vllm_r3_plugin.page_store import PageStore
 
 from .rigs.page_stores import LAYOUT, SIZE, Blocks, feed, make_store, statuses, tags
@@ -39,12 +40,13 @@ def test_a_hit_on_a_page_still_in_flight_is_resolved_when_its_step_arrives():
 
 
 def test_a_hit_whose_page_is_gone_reads_as_evicted():
-    store = make_store(cached_pages=2, max_pages=8)
+    store = make_store(cached_pages=2, max_pages=3)
     store.admit("a", 0, [b"k0"])
     feed(store, ("a", 1, 0, 4))
     store.release("a")
     store.admit("c", 0, [])
     feed(store, ("c", 3, 0, 12))
+    store.release("c")
     store.resolve(store.admit("b", 4, [b"k0"]))
     feed(store, ("b", 2, 4, 6))
     assert statuses(store, "b", 0, 6) == ["EVICTED"] * 4 + ["RECORDED"] * 2
@@ -74,6 +76,17 @@ def test_the_least_recently_used_page_is_given_up_first():
     assert store.admit("d", 4, [b"k0"]) == []
     assert store.admit("e", 4, [b"k2"]) == []
     assert len(store.admit("f", 4, [b"k1"])) == 1
+
+
+def test_of_the_pages_of_one_request_the_last_is_given_up_first():
+    store = make_store(cached_pages=3, max_pages=3)
+    store.admit("a", 0, [b"k0", b"k1", b"k2"])
+    feed(store, ("a", 1, 0, 12))
+    store.release("a")
+    store.admit("b", 0, [])
+    feed(store, ("b", 2, 0, 4))
+    assert store.admit("c", 8, [b"k0", b"k1", b"k2"]) == []
+    assert tags(store, "c", 0, 8) == [1] * 8
 
 
 def test_a_request_that_starts_over_leaves_a_page_it_shares_alone():
@@ -156,13 +169,47 @@ def feed_elsewhere(store, blocks):
     store.release("other")
 
 
-@pytest.mark.parametrize(("evicted", "hit", "found"), [((), 7, 1), ((7,), 8, None)])
-def test_a_hit_finds_the_rows_of_its_own_kv_block_or_none(evicted, hit, found):
+@pytest.mark.parametrize(("evicted", "hit", "found"), [([], 7, 1), ([7], 8, 2)])
+def test_a_hit_finds_the_rows_of_its_own_kv_block(evicted, hit, found):
     store, blocks = computed_twice()
     blocks.cached[b"k0"] = [block for block in (7, 8) if block not in evicted]
+    store.withdraw(evicted)
     blocks.fill("c", k0=hit)
     store.resolve(store.admit("c", 4, [b"k0"]))
     assert tags(store, "c", 0, 4) == [found] * 4
+
+
+def test_a_page_is_given_up_when_its_kv_block_is_allocated_anew():
+    store, _ = computed_twice()
+    store.release("a")
+    store.withdraw([7])
+    assert store.num_pages == 1
+    store.withdraw([8])
+    assert tags(store, "b", 0, 4) == [2] * 4
+    store.release("b")
+    assert store.num_pages == 0
+
+
+def test_rows_of_a_block_that_was_taken_meanwhile_serve_no_hit():
+    store, blocks = computed_twice()
+    blocks.fill("c", k1=TAKEN)
+    store.admit("c", 0, [b"k1"])
+    feed(store, ("c", 3, 0, 4))
+    assert len(store.admit("d", 4, [b"k1"])) == 1
+
+
+def test_pages_of_cached_blocks_stay_however_many_requests_wait_with_their_rows():
+    blocks = Blocks()
+    store = PageStore(LAYOUT, SIZE, 64, 2, 8, blocks)
+    blocks.fill("a", k0=1, k1=2)
+    store.admit("a", 0, [b"k0", b"k1"])
+    feed(store, ("a", 1, 0, 8))
+    store.release("a")
+    store.admit("preempted", 0, [])
+    feed(store, ("preempted", 2, 0, 16))
+    blocks.fill("b", k0=1, k1=2)
+    assert store.admit("b", 8, [b"k0", b"k1"]) == []
+    assert tags(store, "b", 0, 8) == [1] * 8
 
 
 def test_rows_of_kv_that_was_copied_are_found_behind_the_copy_too():

@@ -7,6 +7,7 @@ from vllm_r3_plugin.page_store import PageStore
 
 LAYOUT = RoutingLayout(num_experts=200, top_k=3, moe_layers=(1, 2), num_hidden_layers=3)
 SIZE = 4
+ROOMY = 400
 
 
 class Blocks:
@@ -71,12 +72,16 @@ class History:
     """The same store, and the prefix cache that it follows, as dictionaries.
 
     ``rows`` holds the tag that each (request, position) must read back as, if it is recorded;
-    ``content`` the tags of the KV that each block holds, None where the step's rows were lost.
+    ``content`` the tags of the KV that each block holds, None where the step's rows were lost;
+    ``sure`` the (request, position) whose rows must be there though others fed them, since all
+    rows of their block were published.
     """
 
     def __init__(self, cached_pages):
         self.blocks = Blocks()
-        self.store = PageStore(LAYOUT, SIZE, 64, cached_pages, 64, self.blocks)
+        self.store = PageStore(LAYOUT, SIZE, 64, cached_pages, max(64, cached_pages), self.blocks)
+        self.is_roomy = cached_pages == ROOMY
+        self.began_before_reset, self.whole, self.sure = set(), set(), set()
         self.tag = self.next_block = 0
         self.rows, self.kept, self.fed, self.family, self.content = {}, {}, {}, {}, {}
 
@@ -91,6 +96,9 @@ class History:
         for position in range(keep, len(hits) * SIZE):
             block, offset = hits[position // SIZE], position % SIZE
             self.rows[name, position] = self.content[block].get(offset)
+            if block in self.whole and self.is_roomy:
+                self.sure.add((name, position))
+        self.began_before_reset.discard(name)
         self.fed[name] = len(hits) * SIZE
 
     def begin(self, name, family, most_hits):
@@ -115,6 +123,9 @@ class History:
                 self.content[block][position % SIZE] = tag if arrives else None
                 if position >= self.kept[name]:
                     self.rows[name, position] = tag if arrives else None
+                rows = self.content[block].values()
+                if len(rows) == SIZE and None not in rows and name not in self.began_before_reset:
+                    self.whole.add(block)
         if arrives and runs:
             feed(self.store, *runs)
 
@@ -125,18 +136,23 @@ class History:
 
     def forget(self, name, keep):
         self.rows = {k: v for k, v in self.rows.items() if k[0] != name or k[1] < keep}
+        self.sure = {k for k in self.sure if k in self.rows}
 
     def evict(self, key, index):
-        del self.blocks.cached[key][index]
+        block = self.blocks.cached[key].pop(index)
+        if not any(block in self.blocks.held[name] for name in self.fed):
+            self.store.withdraw([block])
 
     def reset(self):
         self.store.start_generation()
         self.blocks.cached.clear()
+        self.whole.clear()
+        self.began_before_reset.update(self.fed)
 
     def check(self):
         for name in self.fed:
             for position, tag in enumerate(tags(self.store, name, 0, 40)):
                 expected = self.rows.get((name, position))
                 assert tag in (None, expected), (name, position, tag, expected)
-                if position >= self.kept[name]:
+                if position >= self.kept[name] or (name, position) in self.sure:
                     assert tag == expected, f"{name} lost position {position}"
