@@ -50,7 +50,7 @@ def _run(model: Path) -> dict[str, Any]:
         )
         for kinds in (1, 2)
     ]
-    trimmed, trim = [], OutputProcessor._trim_surplus_tokens
+    trimmed, trim = [], getattr(OutputProcessor, "_trim_surplus_tokens", None)
 
     def trim_surplus_tokens(state: Any, output: Any, *args: Any) -> None:
         before = len(output.new_token_ids)
@@ -66,7 +66,7 @@ def _run(model: Path) -> dict[str, Any]:
     return {
         "rollouts": rollouts + stopped,
         "stopped": stopped,
-        "trimmed": trimmed,
+        "trimmed": trimmed if trim else None,
         "drafted": np.array(drafted).sum(0).tolist(),
     }
 
@@ -83,11 +83,18 @@ def test_drafts_were_accepted_and_rejected_and_requests_preempted(run: dict[str,
     assert sum(r.num_preemptions > 0 for r in run["rollouts"]) >= 5
 
 
-def test_tokens_behind_a_stop_string_were_cut_off_with_their_rows(run: dict[str, Any]) -> None:
-    assert sum(number > 0 for number in run["trimmed"]) >= 10
+def test_stop_strings_that_end_within_a_step_leave_as_many_rows_as_tokens(
+    run: dict[str, Any],
+) -> None:
     assert sum(isinstance(r.stop_reason, str) for r in run["stopped"]) >= 60
     for rollout in run["stopped"]:
         rollout.check_form()
+
+
+def test_tokens_behind_a_stop_string_were_cut_off(run: dict[str, Any]) -> None:
+    if run["trimmed"] is None:
+        pytest.skip("before 0.32 vLLM returns the tokens behind a stop string")
+    assert sum(number > 0 for number in run["trimmed"]) >= 10
 
 
 def test_rows_are_the_routers_own_in_order(run: dict[str, Any]) -> None:
