@@ -20,7 +20,7 @@ import pytest
 from vllm_r3_plugin import front_end
 from vllm_r3_plugin.capturer import find_routers
 
-from .rigs.engine import force_async_scheduling, generate, start_engine, workload
+from .rigs.engine import NGRAM_SPECULATION, force_async_scheduling, generate, start_engine, workload
 from .rigs.engine_process import run_in_engine_process
 from .rigs.faults import MISFITS, FaultPoint, InjectedError, failing, fault_points, misfitting
 from .rigs.rollouts import Rollout, random_prompts
@@ -68,14 +68,7 @@ REACHED = {
 
 ENGINES: dict[str, dict[str, Any]] = {
     "asynchronous": {},
-    "speculative": {
-        "speculative_config": {
-            "method": "ngram",
-            "num_speculative_tokens": 3,
-            "prompt_lookup_max": 3,
-            "prompt_lookup_min": 1,
-        }
-    },
+    "speculative": {"speculative_config": NGRAM_SPECULATION},
 }
 LETTERS = [64, 65, 66]  # a, b, c
 

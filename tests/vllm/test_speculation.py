@@ -6,17 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .rigs.engine import generate, start_engine, workload
+from .rigs.engine import NGRAM_SPECULATION, generate, start_engine, workload
 from .rigs.engine_process import run_in_engine_process
 from .rigs.router_hook import RouterHook
 from .rigs.transformers_oracle import TransformersOracle
-
-DRAFTS = {
-    "method": "ngram",
-    "num_speculative_tokens": 3,
-    "prompt_lookup_max": 3,
-    "prompt_lookup_min": 1,
-}
 
 
 def _run(model: Path) -> dict[str, Any]:
@@ -24,7 +17,10 @@ def _run(model: Path) -> dict[str, Any]:
     from vllm.v1.engine.output_processor import OutputProcessor
 
     llm = start_engine(
-        model, speculative_config=DRAFTS, num_gpu_blocks_override=24, skip_tokenizer_init=False
+        model,
+        speculative_config=NGRAM_SPECULATION,
+        num_gpu_blocks_override=24,
+        skip_tokenizer_init=False,
     )
     hook = RouterHook(llm)
     prompts, params = workload(120, seed=9, max_tokens=40)

@@ -23,6 +23,13 @@ SETTINGS: dict[str, Any] = {
     "seed": 0,
 }
 
+NGRAM_SPECULATION: dict[str, Any] = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_max": 3,
+    "prompt_lookup_min": 1,
+}
+
 # Runs modes and models that cost minutes and that others cover in part.
 ALL_MODES = bool(os.environ.get("MOE_R3_ALL_MODES"))
 
