@@ -70,7 +70,7 @@ def _run(model: Path, backend: str, asynchronous: bool) -> Run:
 
     scheduler._preempt_request, scheduler.schedule = preempt_request, note_chunks
     rollouts = []
-    for prompts, params in (workload(14, seed=10, max_tokens=12), _ending_together()):
+    for prompts, params in (workload(20, seed=10, max_tokens=12), _ending_together()):
         for param in params:
             param.temperature = 0.0  # the same tokens in all runs
         rollouts += generate(llm, prompts, params)
