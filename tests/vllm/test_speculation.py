@@ -21,6 +21,7 @@ def _run(model: Path) -> dict[str, Any]:
         speculative_config=NGRAM_SPECULATION,
         num_gpu_blocks_override=24,
         skip_tokenizer_init=False,
+        worker_cls="tests.vllm.rigs.workers.SpeculatingWorker",
     )
     hook = RouterHook(llm)
     prompts, params = workload(120, seed=9, max_tokens=40)

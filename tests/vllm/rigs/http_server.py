@@ -1,6 +1,7 @@
 """`vllm serve`, as a user types it, on a free port of the loopback."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -66,7 +67,10 @@ def serving(
 
 
 def failing_serve(model: Path | str, port: int) -> str:
-    """Run a server that must refuse to start; returns the last line that it printed."""
+    """Run a server that must refuse to start; returns the last line that it printed.
+
+    Without the name of the process that vLLM 0.30 puts before each line.
+    """
     done = subprocess.run(
         serve_command(model, port),
         cwd=REPOSITORY,
@@ -78,7 +82,7 @@ def failing_serve(model: Path | str, port: int) -> str:
         check=False,
     )
     assert done.returncode != 0, "the server started and stopped without an error"
-    return done.stdout.strip().splitlines()[-1]
+    return re.sub(r"^\(\w+ pid=\d+\) ", "", done.stdout.strip().splitlines()[-1])
 
 
 def _healthy(url: str) -> bool:

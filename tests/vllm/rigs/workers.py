@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_r3_plugin.seam_check import installed_release
+
 from .lost_payloads import losing_payloads
 
 
@@ -75,6 +77,41 @@ def _on_own_experts(apply: Any) -> Any:
         apply(self, **kwargs)
 
     return apply_on_own_experts
+
+
+class SpeculatingWorker(CPUWorker):
+    """Makes speculation run on CPU.
+
+    vLLM 0.30 puts the CPU's kernels under names that its rejection sampler no longer looks up; the
+    one that repeats each request's values takes integers alone.
+    """
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        from vllm.utils import cpu_triton_utils
+        from vllm.v1.sample import rejection_sampler
+
+        if installed_release() == (0, 30):
+            rejection_sampler.expand_batch_to_tokens = _expand_batch_to_tokens
+            for name in (
+                *("rejection_greedy_sample", "rejection_random_sample"),
+                "sample_recovered_tokens",
+            ):
+                launcher = getattr(rejection_sampler, f"_{name}")
+                launcher.kernel = getattr(cpu_triton_utils, f"{name}_kernel")
+        super().load_model(*args, **kwargs)
+
+
+def _expand_batch_to_tokens(
+    x: torch.Tensor,
+    cu_num_tokens: torch.Tensor,
+    num_tokens: int,
+    replace_from: int = 0,
+    replace_to: int = 0,
+) -> torch.Tensor:
+    """`x` [requests] repeated for each of their tokens; `cu_num_tokens` is their running sum."""
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    repeated = x.repeat_interleave(counts, output_size=num_tokens)
+    return torch.where(repeated == replace_from, replace_to, repeated).to(x.dtype)
 
 
 class RouterUpdate:
