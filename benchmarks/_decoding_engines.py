@@ -234,7 +234,8 @@ class OurEngine(Engine):
             _synchronize()
         with clock.running():
             self.output = runner.sample_tokens(None)
-            self.scheduler.update_from_output(scheduler_output, self.output)
+            outputs = self.scheduler.update_from_output(scheduler_output, self.output)
+        self.scheduler.r3_late.send(outputs, None)  # else requests that ended keep their pages
         tokens: dict[str, int] = scheduler_output.num_scheduled_tokens
         return tokens
 

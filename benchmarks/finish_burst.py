@@ -7,6 +7,7 @@ between two tokens of the streaming requests, at their client, and the longest t
 server's event loop was busy, from the burst's end in the engine until its last client has all its
 bytes. Arms:
 
+- `vllm`: vLLM alone, without the package;
 - `none`: the burst returns no routed experts;
 - `response`: it returns them in its responses, in vLLM's own encoding;
 - `fetch`: its clients fetch them out of band;
@@ -37,11 +38,22 @@ BURST, OTHER = 7, 8
 _MODULE = "benchmarks._synthetic_server"
 
 
+SERVERS = {
+    "vllm": ((), ""),
+    "native": (("--scheduler-cls", f"{_MODULE}.NativeDelivery"), ""),
+    "ours": (("--enable-return-routed-experts",), "moe_r3"),
+}
+"""Options of each server, and vLLM's plugins in it."""
+ARMS = {"vllm": "vllm", "none": "ours", "response": "ours", "fetch": "ours", "native": "native"}
+"""The server of each arm."""
+
+
 @contextmanager
-def serving(folder: Path, args: argparse.Namespace, native: bool) -> Iterator[str]:
+def serving(folder: Path, args: argparse.Namespace, server: str) -> Iterator[str]:
     """A server; yields its address."""
     from transformers import Qwen3MoeConfig
 
+    max_len = args.tokens + 4096
     Qwen3MoeConfig(
         architectures=["Qwen3MoeForCausalLM"],
         vocab_size=256,
@@ -52,13 +64,13 @@ def serving(folder: Path, args: argparse.Namespace, native: bool) -> Iterator[st
         num_hidden_layers=args.layers,
         num_experts=128,
         num_experts_per_tok=args.top_k,
-        max_position_embeddings=2 * args.tokens,
+        max_position_embeddings=max_len,
         eos_token_id=1,
     ).save_pretrained(folder)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    max_len = args.tokens + 4096
+    options, plugins = SERVERS[server]
     blocks = (args.requests + args.others + 2) * (max_len // 16 + 1)
     command = [
         *(str(Path(sys.executable).with_name("vllm")), "serve", str(folder)),
@@ -69,11 +81,7 @@ def serving(folder: Path, args: argparse.Namespace, native: bool) -> Iterator[st
         *("--distributed-executor-backend", f"{_MODULE}.SyntheticExecutor"),
         *("--middleware", f"{_MODULE}.Heartbeat", "--disable-uvicorn-access-log"),
         *("--generation-config", "vllm", "--no-async-scheduling", "--enforce-eager"),
-        *(
-            ("--scheduler-cls", f"{_MODULE}.NativeDelivery")
-            if native
-            else ("--enable-return-routed-experts",)
-        ),
+        *options,
     ]
     environment = {
         **os.environ,
@@ -83,7 +91,7 @@ def serving(folder: Path, args: argparse.Namespace, native: bool) -> Iterator[st
         "SYNTHETIC_KV_BYTES": str(blocks * 512),
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_PLUGINS": "" if native else "moe_r3",
+        "VLLM_PLUGINS": plugins,
     }
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
@@ -131,10 +139,8 @@ _SAMPLING = {"model": "synthetic", "temperature": 1.0}
 async def _long_request(client: Any, prompt: list[int], arm: str, fetches: Any) -> int:
     options = {
         "none": {"vllm_xargs": {"r3_routing": "off"}},
-        "response": {},
         "fetch": {"vllm_xargs": {"r3_delivery": "fetch"}},
-        "native": {},
-    }[arm]
+    }.get(arm, {})
     body = {"prompt": prompt, **_SAMPLING, "max_tokens": 2000, **options}
     response = await client.post("/v1/completions", json=body)
     response.raise_for_status()
@@ -223,17 +229,21 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=8, help="experts for each token")
     parser.add_argument("--fetches", type=int, default=8, help="fetches at the same time")
     parser.add_argument("--rounds", type=int, default=1, help="bursts of each arm")
-    parser.add_argument("--arms", nargs="+", default=["none", "response", "fetch", "native"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     args = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in args.arms}
-    for native in (False, True):
-        arms = [arm for arm in args.arms if (arm == "native") == native]
+    for server in SERVERS:
+        arms = [arm for arm in args.arms if ARMS[arm] == server]
         if not arms:
             continue
-        with tempfile.TemporaryDirectory() as name, serving(Path(name), args, native) as url:
+        with tempfile.TemporaryDirectory() as name, serving(Path(name), args, server) as url:
             for number in range(args.rounds):
                 for arm in arms:
+                    print(
+                        f"burst of {args.requests} requests: {arm}, round {number + 1}",
+                        file=sys.stderr,
+                    )
                     results[arm].append(asyncio.run(_burst(url, arm, args, number, Path(name))))
     summary = {
         arm: {key: float(np.median([r[key] for r in rounds])) for key in rounds[0]}

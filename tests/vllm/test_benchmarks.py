@@ -46,6 +46,14 @@ def test_capture_throughput_has_figures_for_each_setting() -> None:
     assert result["hook_cpu_share"] > 0
 
 
+def test_finish_burst_fetches_the_rows_of_requests_that_end_together() -> None:
+    result = closing_line(
+        "finish_burst", "--requests 2 --tokens 256 --others 1 --layers 2 --arms fetch"
+    )
+    assert {"p99_ratio", "loop_stall_ms", "arms"} <= set(result)
+    assert result["arms"]["fetch"]["mbytes"] > 256 * 2 * 8 * 7 / 8 / 1e6  # 7 bits an id
+
+
 def test_soak_holds_nothing_of_requests_that_ended() -> None:
     result = closing_line("soak", "--requests 400 --parts 4 --concurrency 32 --kv-blocks 40")
     assert {"rss_bytes_per_request", "objects_per_request", "ms_slope_per_request"} <= set(result)

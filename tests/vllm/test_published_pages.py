@@ -325,3 +325,16 @@ def test_accepted_drafts_that_fill_a_page_publish_it_once_its_key_is_known():
     keys.append(b"k0")
     store.settle("a", 5)
     assert store.admit("b", 4, [b"k0"]) == []
+
+
+def test_a_rejected_draft_does_not_complete_a_page_whose_key_becomes_known():
+    store = make_store()
+    keys = []
+    store.admit("a", 0, keys)
+    feed(store, ("a", 1, 0, 4))
+    keys.append(b"k0")
+    store.settle("a", 3)
+    assert len(store.admit("b", 4, [b"k0"])) == 1
+    feed(store, ("a", 2, 3, 4))
+    assert store.admit("c", 4, [b"k0"]) == []
+    assert tags(store, "c", 0, 4) == [1] * 3 + [2]
