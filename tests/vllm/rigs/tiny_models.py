@@ -86,7 +86,7 @@ def widen_gates(model: Any) -> None:
     import torch
 
     for name, parameter in model.named_parameters():
-        if name.endswith("gate.weight"):
+        if name.endswith(("gate.weight", "router.weight")):
             torch.nn.init.normal_(parameter, std=0.5)
 
 

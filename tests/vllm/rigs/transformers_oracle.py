@@ -54,10 +54,12 @@ class TransformersOracle:
 
     def __init__(self, path: Path) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
+        import transformers
 
         self._torch = torch
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        (name,) = transformers.AutoConfig.from_pretrained(path).architectures
+        model_class = getattr(transformers, name)
+        self._model = model_class.from_pretrained(path, dtype=torch.float32).eval()
         self._scores: list[Any] = []
         for module in self._model.modules():
             if type(module).__name__.lower().endswith("router"):
@@ -78,10 +80,11 @@ class TransformersOracle:
                 logits = grouped.masked_fill(left_out[..., None], -np.inf).flatten(-2)
         self._scores.append(logits)
 
-    def router_logits(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def router_logits(self, sequences: Sequence[Sequence[int]], **inputs: Any) -> list[np.ndarray]:
         """Scores [T, L_moe, E] whose top-k each router takes, for each sequence of T token ids.
 
-        Sequences are padded on the right, which a causal model does not see.
+        Sequences are padded on the right, which a causal model does not see. Further `inputs` of
+        the model belong to all of them.
         """
         torch = self._torch
         by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
@@ -92,15 +95,15 @@ class TransformersOracle:
             padded = [list(sequences[i]) + [0] * (width - len(sequences[i])) for i in batch]
             self._scores.clear()
             with torch.no_grad():
-                self._model.model(input_ids=torch.tensor(padded))
+                self._model.model(input_ids=torch.tensor(padded), **inputs)
             logits = torch.stack([s.view(len(batch), width, -1) for s in self._scores], dim=2)
             for row, i in zip(logits.numpy(), batch, strict=True):
                 found[i] = row[: len(sequences[i])]
         return [found[i] for i in range(len(sequences))]
 
-    def agreement(self, rollouts: Sequence[Rollout]) -> Agreement:
+    def agreement(self, rollouts: Sequence[Rollout], **inputs: Any) -> Agreement:
         """Compare the routed experts of every rollout, whole sequence."""
-        logits = self.router_logits([r.tokens[:-1] for r in rollouts])
+        logits = self.router_logits([r.tokens[:-1] for r in rollouts], **inputs)
         return sum(
             (
                 compare_sets(rollout.moe_ids(), rows[rollout.prompt_start :])
