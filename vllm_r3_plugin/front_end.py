@@ -41,7 +41,7 @@ class RequestError(VLLMValidationError, ValueError):
 
 def install() -> None:
     """Wrap what the front end needs; engines without the flag only pass through."""
-    from vllm.outputs import CompletionOutput
+    from vllm.outputs import CompletionOutput, RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -53,6 +53,7 @@ def install() -> None:
     wrap_once(AsyncLLM, "abort", _abort)
     wrap_once(RequestState, "_new_completion_output", _new_completion_output)
     wrap_once(LLMEngine, "step", _step)
+    wrap_once(RequestOutput, "add", _add)
     CompletionOutput.routed_experts_path = None
     CompletionOutput.routed_experts_reason = None
     http_answers.install()
@@ -165,6 +166,18 @@ def _received(state: Any, output: Any, rows: Any) -> Any:
         if v.version != _UNLABELLED
     ]
     return ReceivedRows(rows, options, first + num_tokens, versions)
+
+
+def _add(original: Callable[..., Any], self: Any, next_output: Any, aggregate: bool) -> None:
+    """Keep the rows of a last chunk that joins others, as vLLM itself does since 0.31."""
+    original(self, next_output, aggregate)
+    rows = {
+        completion.index: completion.routed_experts
+        for completion in next_output.outputs
+        if completion.routed_experts is not None
+    }
+    for completion in self.outputs if rows else ():
+        completion.routed_experts = rows.get(completion.index, completion.routed_experts)
 
 
 def _replaced_tokens(state: Any) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,10 +54,13 @@ class KVBlocks:
     Args:
         kv_cache_manager: vLLM's.
         page_size: tokens of a page and of a KV block hash.
+        guard: entered while blocks are numbered, in the middle of vLLM's allocation.
 
     """
 
-    def __init__(self, kv_cache_manager: Any, page_size: int) -> None:
+    def __init__(
+        self, kv_cache_manager: Any, page_size: int, guard: AbstractContextManager[Any]
+    ) -> None:
         from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
         managers = kv_cache_manager.coordinator.single_type_managers
@@ -70,7 +74,7 @@ class KVBlocks:
         self._last_number = len(pool.blocks)
         self._replaced: list[int] = []
         self._of_request: dict[str, BlocksOfRequest] = {}
-        self._watch_allocations(pool)
+        self._watch_allocations(pool, guard)
 
     def of_request(self, request_id: str) -> BlocksOfRequest:
         """Its blocks until :meth:`lose`."""
@@ -101,15 +105,19 @@ class KVBlocks:
         replaced, self._replaced = self._replaced, []
         return replaced
 
-    def _watch_allocations(self, pool: Any) -> None:
+    def _watch_allocations(self, pool: Any, guard: AbstractContextManager[Any]) -> None:
         allocate = pool.get_new_blocks
 
         def watch(*args: Any, **kwargs: Any) -> Any:
             blocks = allocate(*args, **kwargs)
-            for block in blocks:
-                self._replaced.append(self._number_of[block.block_id])
-                self._last_number += 1
-                self._number_of[block.block_id] = self._last_number
+            with guard:
+                self._renumber(blocks)
             return blocks
 
         pool.get_new_blocks = watch
+
+    def _renumber(self, blocks: Iterable[Any]) -> None:
+        for block in blocks:
+            self._replaced.append(self._number_of[block.block_id])
+            self._last_number += 1
+            self._number_of[block.block_id] = self._last_number

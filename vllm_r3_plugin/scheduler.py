@@ -56,7 +56,11 @@ class RoutingScheduler:
         self._r3_options = R3Options.of(self.vllm_config)
         self._r3_bounds = MemoryBounds.of(self, r3_layout)
         logger.info("moe-r3: %s", self._r3_bounds)
-        self._r3_kv_blocks = KVBlocks(self.kv_cache_manager, self.hash_block_size)
+        self._r3_kv_blocks = KVBlocks(
+            self.kv_cache_manager,
+            self.hash_block_size,
+            self.r3_journal.guard("numbering KV blocks", self._r3_start_over),
+        )
         self.r3_store = _build_store(self, self._r3_bounds)
         self.r3_reader = RowReader()
         self.r3_late = LateOutputs(self.r3_reader, self.r3_journal)

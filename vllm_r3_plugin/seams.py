@@ -205,6 +205,13 @@ SEAMS = (
         "CompletionOutput has fields for plugins, which all answers carry",
     ),
     Seam(
+        "vllm.outputs:RequestOutput.add",
+        "wrapped",
+        "keeps rows that arrive while a client has earlier chunks still to read",
+        "support for vLLM 0.30, the last release that loses them, is dropped",
+        parameters=("self", "next_output", "aggregate"),
+    ),
+    Seam(
         "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.create_chat_completion",
         "wrapped",
         "the same for chat completions",

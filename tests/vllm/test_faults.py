@@ -53,7 +53,7 @@ ONLY_SPECULATIVE = {
 """What only a synchronous engine with drafts reaches, and what is another thing there."""
 AT_RELOAD = {"RoutingCapturer.bind"}
 REACHED = {
-    *("LayerCapture._write", "RoutingCapturer.arm", "RoutingCapturer.bind"),
+    *("KVBlocks._renumber", "LayerCapture._write", "RoutingCapturer.arm", "RoutingCapturer.bind"),
     *("RoutingCapturer.copy_rows", "RoutingCapturer.unreported_layers", "batch_of"),
     *("StageRows.finish", "StepCapture._take_snapshot", "StepRows.misfit", "attach_rows"),
     *("PageStore.admit", "PageStore.resolve", "PageStore.write", "PageStore.settle"),

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from vllm.outputs import CompletionOutput, RequestOutput
 
 from shared_schema import RoutingLayout, RowStatus, decode, from_vllm_native
+from vllm_r3_plugin import front_end
 from vllm_r3_plugin.fetch_path import FETCH_PATH, NotHeldError, Ticket, VersionedRows
 from vllm_r3_plugin.in_flight import rows_array, ticket_array, void_array
 from vllm_r3_plugin.received_rows import ReceivedRows
@@ -95,3 +97,17 @@ def test_a_query_that_no_response_named_is_refused_with_what_it_said(query: str)
     with pytest.raises(NotHeldError, match="expected stop=ROW") as error:
         Ticket.of(f"{FETCH_PATH}0.secret?{query}")
     assert query in str(error.value)
+
+
+def test_rows_of_a_last_chunk_stay_when_it_joins_chunks_that_nobody_has_read_yet() -> None:
+    front_end.install()
+
+    def chunk(rows: object) -> RequestOutput:
+        completion = CompletionOutput(0, "a", [1], None, None, routed_experts=rows)
+        return RequestOutput("0", None, [2], None, [completion], finished=rows is not None)
+
+    waiting, rows = chunk(None), object()
+    waiting.add(chunk(rows), aggregate=True)
+    waiting.add(chunk(None), aggregate=True)
+    assert waiting.outputs[0].token_ids == [1, 1, 1]
+    assert waiting.outputs[0].routed_experts is rows
