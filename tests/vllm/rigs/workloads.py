@@ -34,7 +34,7 @@ class Ask:
         start: share of the prompt whose rows are not asked for.
         routing: `"on"` or `"off"`.
         unrecorded: `"omit"` or `"sentinel"`.
-        abort: steps after its arrival at which its client ends it.
+        abort: steps after its arrival at which its client ends it; not for sessions.
         fetches: whether that client takes the rows of the tokens so far.
         turns: prompts of a resumable session; each of the later ones has `own` tokens.
         pause: steps between the arrivals of two turns.
