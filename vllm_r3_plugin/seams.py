@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 Release = tuple[int, int]
 
-EXECUTED_ON: tuple[Release, ...] = ((0, 31), (0, 32))
+EXECUTED_ON: tuple[Release, ...] = ((0, 30), (0, 31), (0, 32))
 """Releases of vLLM on which the tests ran; every entry below that applies there was found."""
 
-READ_ON: tuple[Release, ...] = ((0, 26), (0, 27), (0, 28), (0, 29), (0, 30), (0, 33))
+READ_ON: tuple[Release, ...] = ((0, 26), (0, 27), (0, 28), (0, 29), (0, 33))
 """Releases in whose sources every entry below that applies there was found; nothing ran on them."""
 
 
