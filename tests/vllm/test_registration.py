@@ -111,10 +111,10 @@ EngineArgs(enable_return_routed_experts=True, **given).create_engine_config()
     said = done.stdout + done.stderr
     assert said.count("moe-r3 is not active") == 1
     assert "RuntimeError: no seam today" in said
-    assert (
-        "AuxOutput Connector requires Model Runner V2"
-        in said.splitlines()[-2] + said.splitlines()[-1]
-    )
+    if HAS_AUX:
+        assert "AuxOutput Connector requires Model Runner V2" in "".join(said.splitlines()[-2:])
+    else:  # 0.30 routes by itself with this runner
+        assert done.returncode == 0, said
 
 
 def test_with_the_flag_off_the_configuration_is_vllms_own(engine_args):
