@@ -73,12 +73,12 @@ class Traffic:
 
 def held(scheduler: Any) -> dict[str, int]:
     """Sizes of what our scheduler and its store hold beside preallocated arrays."""
-    owners = (
-        *((scheduler, "_r3_"), (scheduler, "r3_")),
-        *((scheduler._r3_sender, ""), (scheduler.r3_store, "_")),
-    )
+    store = scheduler.r3_store
+    parts = [scheduler._r3_kv_blocks, scheduler._r3_sender, store, store._slots, store._pool]
+    parts.append(store._pool.published)
+    owners = [(scheduler, ("r3_", "_r3_")), *((part, "") for part in parts)]
     return {
-        name: len(value)
+        f"{type(owner).__name__}.{name}": len(value)
         for owner, prefix in owners
         for name, value in vars(owner).items()
         if name.startswith(prefix) and isinstance(value, Sized) and not hasattr(value, "dtype")

@@ -171,13 +171,14 @@ def _received(state: Any, output: Any, rows: Any) -> Any:
 def _add(original: Callable[..., Any], self: Any, next_output: Any, aggregate: bool) -> None:
     """Keep the rows of a last chunk that joins others, as vLLM itself does since 0.31."""
     original(self, next_output, aggregate)
-    rows = {
-        completion.index: completion.routed_experts
-        for completion in next_output.outputs
-        if completion.routed_experts is not None
-    }
-    for completion in self.outputs if rows else ():
-        completion.routed_experts = rows.get(completion.index, completion.routed_experts)
+    with _journal.guard("keeping rows of chunks that are joined"):
+        rows = {
+            completion.index: completion.routed_experts
+            for completion in next_output.outputs
+            if completion.routed_experts is not None
+        }
+        for completion in self.outputs if rows else ():
+            completion.routed_experts = rows.get(completion.index, completion.routed_experts)
 
 
 def _replaced_tokens(state: Any) -> int:
