@@ -15,7 +15,7 @@ from .rigs.transformers_oracle import TransformersOracle
 ALWAYS = [
     "every second layer of 256 experts",
     "300 experts",
-    "dense first, shared expert, sigmoid and bias",
+    "latent attention, groups of experts",
     "one expert, every second layer",
 ]
 CHOSEN = list(LAYOUTS) if ALL_MODES else ALWAYS

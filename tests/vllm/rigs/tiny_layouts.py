@@ -58,6 +58,35 @@ LAYOUTS = {
         {**_BIASED, "n_group": 4, "topk_group": 2},
         gate_std=0.15,
     ),
+    "latent attention, groups of experts": TinyLayout(
+        "DeepseekV3",
+        Shape(3, (1, 2), 32, 4),
+        {
+            **_BIASED,
+            "n_group": 4,
+            "topk_group": 2,
+            # From the published config; vLLM reads both, transformers assumes them.
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+            "num_key_value_heads": 4,
+            "q_lora_rank": 32,
+            # With the next the only size of latent attention that vLLM's CPU kernel is built for.
+            "kv_lora_rank": 512,
+            "qk_rope_head_dim": 64,
+            "head_dim": 64,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 32,
+        },
+        gate_std=0.15,
+        engine={
+            # vLLM would prefer a bfloat16 kernel on CPUs with AMX.
+            "attention_backend": "CPU_MLA",
+            # vLLM 0.32's CPU kernel takes the stride between heads for that between tokens in the
+            # views that latent attention hands it, and so rotates other elements: router inputs
+            # are then off by 1e-2 and 1 decision in 100 differs; computed in torch, by 1e-6.
+            "compilation_config": {"custom_ops": ["-rotary_embedding"]},
+        },
+    ),
     "shared expert behind a gate": TinyLayout(
         "Qwen2Moe",
         Shape(3, (0, 1, 2), 16, 4),
