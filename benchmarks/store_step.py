@@ -63,6 +63,20 @@ def counted_slots(store: Any) -> Iterator[CountedSlots]:
     slots._slot_of = kept
 
 
+@contextmanager
+def counted_writes(store: Any) -> Iterator[list[int]]:
+    """Yield a list that has the number of steps of each write to the page store."""
+    write, written = store.write, []
+
+    def counted(steps: Any) -> None:
+        written.append(len(steps))
+        write(steps)
+
+    store.write = counted
+    yield written
+    del store.write
+
+
 def prefill(engines: dict[str, Engine], steps: int) -> dict[str, list[float]]:
     """Prefill and finish eight prompts at a time; milliseconds of each prefill step."""
     rng = np.random.default_rng(1)
@@ -107,17 +121,21 @@ def decode(engine: Engine, count: int, steps: int) -> float:
 def profile(engine: OurEngine, count: int) -> dict[str, Any]:
     """What our code calls in the decode steps of one page, once when the batch has changed."""
     clock = engine.forward.clock
-    store = engine.scheduler.r3_store
+    scheduler = engine.scheduler
     engine.forward.clock = CallCounter()
-    calls = 1e-3 * decode(engine, count, BLOCK_SIZE)
+    with counted_writes(scheduler.r3_store) as written:
+        calls = 1e-3 * decode(engine, count, BLOCK_SIZE)
     engine.forward.clock = clock
-    store._slots._last_batch = ()
-    with counted_slots(store) as counted:
+    scheduler.r3_store._slots._last_batch = ()
+    with counted_slots(scheduler.r3_store) as counted:
         decode(engine, count, 1)
+        assert scheduler.r3_store is not None  # now the step has been stored
         once = counted.lookups
         decode(engine, count, 1)
+        assert scheduler.r3_store is not None
     return {
         "calls_per_step": calls,
+        "writes_per_step": len(written) / BLOCK_SIZE,
         "lookups_per_request": (counted.lookups - once) / count,
         "lookups_per_request_of_a_new_batch": once / count,
     }

@@ -12,8 +12,9 @@ import torch
 from shared_schema import RoutingLayout
 from vllm_r3_plugin import releases
 from vllm_r3_plugin.forward_layout import ForwardLayout
-from vllm_r3_plugin.host_copy import HostCopy
+from vllm_r3_plugin.host_copy import HostCopy, on_host
 from vllm_r3_plugin.journal import logger
+from vllm_r3_plugin.step_rows import capture_dtype
 
 CaptureFn = Callable[[torch.Tensor], None]
 
@@ -68,16 +69,6 @@ class LayerCapture:
             self.layout.write_own_rows(self.column, ids)
 
 
-def capture_dtype(num_experts: int, top_k: int) -> np.dtype[Any]:
-    """The dtype in which ids are captured: the narrowest in which no choice looks unwritten.
-
-    Where a token has several experts, all of them equal to the largest value is no choice, so 256
-    experts fit uint8; with one expert the largest value must not be an id.
-    """
-    largest_id = num_experts - 1 if top_k > 1 else num_experts
-    return np.dtype(np.uint8 if largest_id < 256 else np.uint16)
-
-
 class RoutingCapturer:
     """Capture buffer ``[max_tokens, L, k]`` of one worker.
 
@@ -110,7 +101,7 @@ class RoutingCapturer:
         self._torch_fill = self._fill if dtype is torch.uint8 else -1
         shape = (max_tokens, layout.num_moe_layers, layout.top_k)
         self._buffer = torch.full(shape, self._torch_fill, dtype=dtype, device=device)
-        self._host_buffer = self._buffer.numpy() if device.type == "cpu" else None
+        self._rows = on_host(self._buffer)
         self._unwritten = np.full(layout.top_k, self._fill, self._dtype).tobytes()
 
     def bind(self, sources: list[RouterSource]) -> None:
@@ -121,13 +112,11 @@ class RoutingCapturer:
 
     def arm(self, num_tokens: int) -> None:
         """Before a forward over ``num_tokens``: mark rows, until a router writes them."""
-        # numpy where it can: between two forwards a torch operation costs ten times as much.
-        buffer = self._buffer if self._host_buffer is None else self._host_buffer
-        buffer[:num_tokens][self._marked] = self._torch_fill
+        self._rows[:num_tokens][self._marked] = self._torch_fill
 
     def copy_rows(self, num_tokens: int) -> HostCopy:
         """``[N, L, k]`` ids of the step."""
-        return HostCopy(self._buffer, num_tokens, self._dtype)
+        return HostCopy(self._rows, num_tokens, self._dtype)
 
     def unreported_layers(self, ids: np.ndarray[Any, Any]) -> list[int]:
         """Decoder layers whose router did not report for the whole step.

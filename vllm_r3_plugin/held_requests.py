@@ -101,10 +101,9 @@ class HeldRequests:
 
     def release_expired(self) -> None:
         """Give up what is too old; cheap where nothing is."""
-        now = self._clock()
         while self._held:
             ticket, held = next(iter(self._held.items()))
-            if held.expires > now:
+            if held.expires > self._clock():
                 return
             self._give_up(ticket)
             self._remember(

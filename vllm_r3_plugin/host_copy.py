@@ -9,6 +9,14 @@ import numpy as np
 import torch
 
 
+def on_host(tensor: torch.Tensor) -> torch.Tensor | np.ndarray[Any, Any]:
+    """The same memory as an array, if it is on the host.
+
+    Between two forwards each torch operation costs ten times what numpy's does.
+    """
+    return tensor.numpy() if tensor.is_cpu else tensor
+
+
 class HostCopy:
     """The first rows of a tensor that the next step overwrites; on an accelerator not awaited.
 
@@ -16,19 +24,21 @@ class HostCopy:
     their own, into pinned memory, while the next step runs; only :meth:`wait` waits for them.
 
     Args:
-        tensor: ``[max rows, ...]``.
+        tensor: ``[max rows, ...]``, or what :func:`on_host` made of it.
         num_rows: rows to copy.
         dtype: of the copy, as wide as that of ``tensor``, which is the default.
 
     """
 
     def __init__(
-        self, tensor: torch.Tensor, num_rows: int, dtype: np.dtype[Any] | None = None
+        self,
+        tensor: torch.Tensor | np.ndarray[Any, Any],
+        num_rows: int,
+        dtype: np.dtype[Any] | None = None,
     ) -> None:
         self._copied: torch.Event | None = None
-        if tensor.is_cpu:
-            # Between two forwards each torch operation costs ten times what numpy's does.
-            array = tensor.numpy()[:num_rows].copy()
+        if isinstance(tensor, np.ndarray):
+            array = tensor[:num_rows].copy()
         else:
             array = self._begin(tensor[:num_rows])
         self._array: np.ndarray[Any, Any] = array if dtype is None else array.view(dtype)

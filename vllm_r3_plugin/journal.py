@@ -21,12 +21,12 @@ class Journal:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self._new: Counter[str] = Counter()
+        self._new: dict[str, int] = {}
 
     def count(self, event: str, number: int = 1) -> None:
         """Count ``number`` events."""
         self.counts[event] += number
-        self._new[event] += number
+        self._new[event] = self._new.get(event, 0) + number
 
     def note(self, event: str, message: str, *, number: int = 1) -> None:
         """Count ``number`` events and log ``message`` if it is the first of its name."""
@@ -35,15 +35,21 @@ class Journal:
         if first:
             logger.warning("moe-r3: %s (logged once; counted as %r)", message, event)
 
+    @property
+    def has_new(self) -> bool:
+        """Whether anything was counted since the last :meth:`take_new`."""
+        return bool(self._new)
+
     def take_new(self) -> dict[str, int]:
         """What was counted since the last call."""
-        new, self._new = self._new, Counter()
-        return dict(new)
+        new, self._new = self._new, {}
+        return new
 
     def guard(self, place: str, then: Callable[[], None] | None = None) -> Guard:
         """A context in which an exception is a counted event: rows are lost, nothing else.
 
-        ``place`` names what is being done; ``then`` is called after an exception, guarded too.
+        It may be entered again and again. ``place`` names what is being done; ``then`` is called
+        after an exception, guarded too.
         """
         return Guard(self, place, then)
 
@@ -65,7 +71,7 @@ class Journal:
 
 
 class Guard:
-    """What :meth:`Journal.guard` returns; a class, since it is entered several times a step."""
+    """What :meth:`Journal.guard` returns; a class, since some are entered in each step."""
 
     __slots__ = ("_journal", "_place", "_then")
 

@@ -56,6 +56,9 @@ class KVBlocks:
         page_size: tokens of a page and of a KV block hash.
         guard: entered while blocks are numbered, in the middle of vLLM's allocation.
 
+    Attributes:
+        are_kept: whether a request keeps its blocks until it loses all of them.
+
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class KVBlocks:
 
         managers = kv_cache_manager.coordinator.single_type_managers
         whole = [i for i, m in enumerate(managers) if isinstance(m, FullAttentionManager)]
+        self.are_kept = bool(whole)
         self._group = whole[0] if whole else 0
         self._are_pages = managers[self._group].block_size == page_size
         self._blocks_of = managers[self._group].req_to_blocks

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared_schema import RoutingLayout
-from vllm_r3_plugin.capturer import capture_dtype
 from vllm_r3_plugin.options import R3Options
+from vllm_r3_plugin.step_rows import capture_dtype
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +36,9 @@ class OutOfBand:
     by itself and cannot wait for an answer then.
     """
 
-    def __init__(self, store: PageStore, held: HeldRequests, reader: RowReader) -> None:
+    def __init__(
+        self, store: Callable[[], PageStore], held: HeldRequests, reader: RowReader
+    ) -> None:
         self._store = store
         self._held = held
         self._reader = reader
@@ -71,7 +73,7 @@ class OutOfBand:
         start = ticketed.options.start
         if stop < start:
             return None
-        rows = self._store.freeze(request_id, start, stop)
+        rows = self._store().freeze(request_id, start, stop)
         self._held.hold(ticketed.ticket, rows, ticketed.options)
         return rows
 
@@ -81,11 +83,6 @@ class OutOfBand:
         if ticketed is not None:
             del self._request_of_ticket[ticketed.ticket]
             self._unannounced.discard(request_id)
-
-    def start_over(self, store: PageStore) -> None:
-        """Another store has taken the place of the one so far, and no request is in it."""
-        self._store = store
-        self._held.start_over(store)
 
     def read(self, ticket: str, stop: int | None, row: int | None) -> Future[dict[str, Any]] | str:
         """Some rows of ``ticket``, from position ``row`` or the first on, read in another thread.
@@ -103,7 +100,7 @@ class OutOfBand:
         held = self._find(ticket, stop)
         if held is None:
             return self._held.why_not(ticket)
-        store, stop = self._store, held.rows.stop if stop is None else stop
+        store, stop = self._store(), held.rows.stop if stop is None else stop
         row = held.rows.start if row is None else row
         if not held.rows.start <= row <= stop <= held.rows.stop:
             return (

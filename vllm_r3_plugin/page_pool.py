@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int, Integer
@@ -71,16 +71,9 @@ class PagePool:
         return pages
 
     def write(
-        self,
-        pages: Integer[np.ndarray, " N"],
-        offsets: Int[np.ndarray, " N"],
-        ids: Integer[np.ndarray, "N L k"],
-        status: RowStatus,
+        self, rows: Int[np.ndarray, " N"], ids: Integer[np.ndarray, "N L k"], status: RowStatus
     ) -> None:
-        """Fill one row of each page."""
-        # One index for both arrays costs half of what two cost for each.
-        rows = np.multiply(pages, self.status.shape[1], dtype=np.int64)
-        rows += offsets
+        """Fill rows; row ``r`` is the one at ``r % page_size`` of page ``r // page_size``."""
         self.ids.reshape(-1, *self.ids.shape[2:])[rows] = ids
         self.status.reshape(-1)[rows] = status
 
@@ -108,10 +101,9 @@ class PagePool:
             else:
                 self._free.append(page)
 
-    def withdraw(self, page: int) -> None:
-        """Let no later hit share a page."""
-        if self.published.remove(page):
-            self._free.append(page)
+    def withdraw(self, pages: Iterable[int]) -> None:
+        """Let no later hit share these pages."""
+        self._free += self.published.remove(pages)
 
     def withdraw_all(self) -> None:
         """Let no later hit share any page."""

@@ -36,9 +36,11 @@ class PublishedPages:
         """The page that stands for a key; ``NOWHERE`` if there is none."""
         return self._of_key.get(key, NOWHERE)
 
-    def find_by_block(self, block: int) -> int:
-        """The page whose rows belong to a KV block alone; ``NOWHERE`` if there is none."""
-        return self._of_block.get(block, NOWHERE)
+    def take_blocks(self, blocks: Iterable[int]) -> list[int]:
+        """Forget KV blocks; returns the pages whose rows belong to one of them alone."""
+        take = self._of_block.pop
+        pages = [take(block, NOWHERE) for block in blocks]
+        return [page for page in pages if page != NOWHERE]
 
     def find_for_hit(self, key: Hashable, block: int | None) -> int:
         """The page whose rows belong to ``block``; ``NOWHERE`` if there is none.
@@ -46,7 +48,7 @@ class PublishedPages:
         None is a block into which KV was copied or loaded: the page's rows then belong to several
         blocks.
         """
-        page = NOWHERE if block is None else self.find_by_block(block)
+        page = NOWHERE if block is None else self._of_block.get(block, NOWHERE)
         if page == NOWHERE:
             page = self.find(key)
             if page == NOWHERE:
@@ -89,23 +91,25 @@ class PublishedPages:
         """Whether the rows of a page belong to one KV block alone."""
         return self._of_page[page][2] is not None
 
-    def remove(self, page: int) -> bool:
-        """Withdraw a page; says whether no request refers to it."""
-        _, key, block = self._of_page.pop(page)
-        if self._of_key.get(key) == page:
-            del self._of_key[key]
-        if block is not None:
-            self._of_block.pop(block, None)
-        was_unreferenced = page in self.unreferenced
-        self.unreferenced.pop(page, None)
-        return was_unreferenced
+    def remove(self, pages: Iterable[int]) -> list[int]:
+        """Withdraw pages; returns those that no request refers to."""
+        of_page, of_key, of_block = self._of_page, self._of_key, self._of_block
+        unreferenced = self.unreferenced
+        found: list[int] = []
+        for page in pages:
+            _, key, block = of_page.pop(page)
+            if of_key.get(key) == page:
+                del of_key[key]
+            if block is not None:
+                of_block.pop(block, None)
+            if page in unreferenced:
+                del unreferenced[page]
+                found.append(page)
+        return found
 
     def evict(self, count: int) -> list[int]:
         """Withdraw ``count`` pages that no request refers to, or as many as there are."""
-        pages = list(islice(self.unreferenced, max(0, count)))
-        for page in pages:
-            self.remove(page)
-        return pages
+        return self.remove(list(islice(self.unreferenced, max(0, count))))
 
     def clear(self) -> None:
         """Withdraw all."""

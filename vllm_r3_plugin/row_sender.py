@@ -96,10 +96,13 @@ class RowSender:
         ):
             self.hold(store, tracked)
 
+    @property
+    def is_due(self) -> bool:
+        """Whether :meth:`send` may have rows for the outputs of a step."""
+        return bool(self._outgoing or self.riding)
+
     def send(self, store: PageStore, outputs: Mapping[int, Any]) -> None:
         """Put what is due into a step's outputs, by client."""
-        if not self._outgoing and not self.riding:
-            return
         for core_outputs in outputs.values():
             for output in core_outputs.outputs:
                 request_id = output.request_id

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from shared_schema import RoutingLayout, RowStatus
+from shared_schema import RoutingLayout
 from vllm_r3_plugin import metrics, releases
 from vllm_r3_plugin.held_requests import HeldRequests
 from vllm_r3_plugin.journal import Guard, Journal, logger
@@ -25,6 +25,10 @@ from vllm_r3_plugin.row_reader import RowReader
 from vllm_r3_plugin.row_sender import RowSender
 from vllm_r3_plugin.step_rows import STEP_ROWS_ATTRIBUTE, StepRows
 from vllm_r3_plugin.tracked_request import TrackedRequest
+from vllm_r3_plugin.waiting_steps import WaitingSteps
+
+_WAITING_STEPS = 16
+"""Steps that are stored together, unless rows are asked for before."""
 
 
 @dataclass
@@ -56,12 +60,22 @@ class RoutingScheduler:
         self._r3_options = R3Options.of(self.vllm_config)
         self._r3_bounds = MemoryBounds.of(self, r3_layout)
         logger.info("moe-r3: %s", self._r3_bounds)
+        self._r3_releasing = self.r3_journal.guard("releasing requests")
+        self._r3_withdrawing = self._r3_guard("giving up pages of KV blocks", ())
+        self._r3_announcing = self.r3_journal.guard("announcing tickets")
+        self._r3_measuring = self.r3_journal.guard("sending metrics")
         self._r3_kv_blocks = KVBlocks(
             self.kv_cache_manager,
             self.hash_block_size,
             self.r3_journal.guard("numbering KV blocks", self._r3_start_over),
         )
-        self.r3_store = _build_store(self, self._r3_bounds)
+        self._r3_stored = _build_store(self, self._r3_bounds)
+        self._r3_waiting = WaitingSteps(
+            r3_layout,
+            self._r3_bounds.request_tokens,
+            _WAITING_STEPS if self._r3_kv_blocks.are_kept else 1,
+            self.r3_journal,
+        )
         self.r3_reader = RowReader()
         self.r3_late = LateOutputs(self.r3_reader, self.r3_journal)
         self.r3_held = HeldRequests(
@@ -71,7 +85,7 @@ class RoutingScheduler:
             self._r3_options.fetch_ttl_s,
             self.r3_journal,
         )
-        self.r3_out_of_band = OutOfBand(self.r3_store, self.r3_held, self.r3_reader)
+        self.r3_out_of_band = OutOfBand(lambda: self.r3_store, self.r3_held, self.r3_reader)
         self._r3_num_loaded: dict[str, int] = {}
         if self.connector is not None:
             self._r3_watch_loads()
@@ -99,14 +113,14 @@ class RoutingScheduler:
         self._r3_step_number += 1
         step = Step(self._r3_step_number, [])
         self._r3_steps.append(step)
-        with self.r3_journal.guard("releasing requests"):
+        with self._r3_releasing:
             self.r3_reader.release()
             self.r3_held.release_expired()
             self._r3_release_retired()
-        with self._r3_guard("giving up pages of KV blocks", ()):
+        with self._r3_withdrawing:
             replaced = self._r3_kv_blocks.take_replaced()
             if self.connector is None:  # it may load the same KV again
-                self.r3_store.withdraw(replaced)
+                self._r3_stored.withdraw(replaced)
         for new in scheduler_output.scheduled_new_reqs:
             with self._r3_guard("admitting a request", (new.req_id,)):
                 self._r3_admit(new.req_id, scheduler_output, step)
@@ -119,9 +133,12 @@ class RoutingScheduler:
         """Store the step's rows, let vLLM process its tokens, then send rows that are due."""
         step = self._r3_steps.popleft()
         if scheduler_output.total_num_scheduled_tokens:
-            with self._r3_guard("storing a step", scheduler_output.num_scheduled_tokens):
+            try:
                 rows = getattr(model_runner_output, STEP_ROWS_ATTRIBUTE, None)
                 self._r3_store_step(rows, scheduler_output)
+            except Exception as error:
+                give_up = partial(self._r3_give_up, scheduler_output.num_scheduled_tokens)
+                self.r3_journal.fail("storing a step", error, give_up)
         if step.pending_hits:
             concerned = {hit.request_id for hit in step.pending_hits}
             with self._r3_guard("resolving prefix-cache hits", concerned):
@@ -133,12 +150,13 @@ class RoutingScheduler:
             except Exception as error:
                 give_up = partial(self._r3_give_up, (request_id,))
                 self.r3_journal.fail("settling draft tokens", error, give_up)
-        with self.r3_journal.guard("sending rows", lambda: self._r3_sender.withdraw(outputs)):
-            self._r3_sender.send(self.r3_store, outputs)
-        with self.r3_journal.guard("announcing tickets"):
+        if self._r3_sender.is_due:
+            with self.r3_journal.guard("sending rows", lambda: self._r3_sender.withdraw(outputs)):
+                self._r3_sender.send(self.r3_store, outputs)
+        with self._r3_announcing:
             self.r3_out_of_band.announce(outputs)
-        with self.r3_journal.guard("sending metrics"):
-            metrics.send(outputs, self.r3_journal, self.r3_store.nbytes)
+        with self._r3_measuring:
+            metrics.send(outputs, self.r3_journal, self._r3_stored.nbytes)
         return outputs
 
     def reset_prefix_cache(
@@ -194,6 +212,13 @@ class RoutingScheduler:
             with self._r3_guard("taking back a KV load that failed", (request_id,)):
                 self.r3_store.rewind(request_id, self.requests[request_id].num_computed_tokens)
         return affected
+
+    @property
+    def r3_store(self) -> PageStore:
+        """The rows of all steps whose output has been processed."""
+        if self._r3_waiting:
+            self._r3_store_waiting()
+        return self._r3_stored
 
     # --- what the engine core asks -----------------------------------------------------------
 
@@ -274,10 +299,11 @@ class RoutingScheduler:
     def _r3_start_over(self) -> None:
         """Give up all requests under way, and what is kept for prefix-cache hits."""
         self._r3_given_up.update(self._r3_tracked)
+        self._r3_waiting.take()
         # Without memory for another store there is none: requests are given up until there is.
-        vars(self).pop("r3_store", None)
-        self.r3_store = _build_store(self, self._r3_bounds)
-        self.r3_out_of_band.start_over(self.r3_store)
+        vars(self).pop("_r3_stored", None)
+        self._r3_stored = _build_store(self, self._r3_bounds)
+        self.r3_held.start_over(self._r3_stored)
 
     def _r3_note_dropped_output(self, request: Any) -> None:
         if releases.discards_output(request):
@@ -289,25 +315,33 @@ class RoutingScheduler:
             return
         for event, number in rows.events.items():
             self.r3_journal.count(event, number)
-        misfit = rows.misfit(self.r3_layout, self._r3_bounds.request_tokens, scheduler_output)
-        if misfit is not None:
-            self.r3_journal.note("MISFIT", f"a step's rows are not used: they hold {misfit}")
-            return
-        request_ids = rows.request_ids
         if self._r3_dropping:
-            request_ids = [r if not self._r3_is_dropped(r) else "" for r in request_ids]
-        store = self.r3_store
-        dropped, written = store.rows_dropped, store.rows_written
-        store.write(request_ids, rows.num_tokens, rows.positions, rows.ids, rows.status)
-        if rows.status == RowStatus.RECORDED:
+            kept = [r if not self._r3_is_dropped(r) else "" for r in rows.request_ids]
+            rows = replace(rows, request_ids=kept)
+        self._r3_waiting.add(rows, scheduler_output)
+        if self._r3_waiting.are_due:
+            self._r3_store_waiting()
+
+    def _r3_store_waiting(self) -> None:
+        waiting = self._r3_waiting.take()
+
+        def give_up() -> None:
+            self._r3_give_up({name for step in waiting for name in step.rows.request_ids if name})
+
+        with self.r3_journal.guard("storing a step", give_up):
+            steps, store = self._r3_waiting.fitting(waiting), self._r3_stored
+            if not steps:
+                return
+            dropped, written = store.rows_dropped, store.rows_written
+            store.write(steps)
             self.r3_journal.count(metrics.ROWS_CAPTURED, store.rows_written - written)
-        if store.rows_dropped > dropped:
-            self.r3_journal.note(
-                "STORE_FULL",
-                f"the routing store is full at {store.num_pages} pages of {store.page_size} rows, "
-                'rows are dropped: raise max_bytes in additional_config["r3"]',
-                number=store.rows_dropped - dropped,
-            )
+            if store.rows_dropped > dropped:
+                self.r3_journal.note(
+                    "STORE_FULL",
+                    f"the routing store is full at {store.num_pages} pages of {store.page_size} "
+                    'rows, rows are dropped: raise max_bytes in additional_config["r3"]',
+                    number=store.rows_dropped - dropped,
+                )
 
     def _r3_is_dropped(self, request_id: str) -> bool:
         """Whether vLLM will throw away what the current step produced for this request."""

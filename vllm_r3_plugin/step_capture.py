@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from shared_schema import RowStatus
 from vllm_r3_plugin.capturer import RoutingCapturer
-from vllm_r3_plugin.host_copy import HostCopy
+from vllm_r3_plugin.host_copy import HostCopy, on_host
 from vllm_r3_plugin.journal import Journal
 from vllm_r3_plugin.pipeline_rows import StageReceiver, StageSender
 from vllm_r3_plugin.runner_batch import RunnerBatch, batch_of
@@ -52,7 +53,7 @@ class PendingRows:
     def __init__(
         self,
         batch: RunnerBatch,
-        num_tokens: int,
+        positions: HostCopy,
         own: StageRows | None,
         step: int,
         receiver: StageReceiver | None,
@@ -61,7 +62,7 @@ class PendingRows:
         self._own = own
         self._step = step
         self._receiver = receiver
-        self._positions = HostCopy(batch.positions, num_tokens)
+        self._positions = positions
 
     def finish(self) -> StepRows:
         """Wait for the copies, and for the rows of earlier stages."""
@@ -110,8 +111,13 @@ class StepCapture:
         self._is_last_stage = is_last_stage
         self._journal = journal
         self._step = 0
+        self._preparing = journal.guard("preparing a capture")
+        self._snapshot = journal.guard("taking a snapshot", self._report_failure)
+        self._sending = journal.guard("sending a step's rows")
         self._pending: PendingRows | None = None
         self._last_request_ids: list[str] = []
+        self._last_positions: torch.Tensor | None = None
+        self._positions: torch.Tensor | np.ndarray[Any, Any]
         self._execute_model: Callable[..., Any] = runner.execute_model
         self._sample_tokens: Callable[..., Any] = runner.sample_tokens
         runner.execute_model = self.execute_model
@@ -125,12 +131,12 @@ class StepCapture:
             return self._execute_model(scheduler_output, *args, **kwargs)
         self._step += 1
         armed = False
-        with self._journal.guard("preparing a capture"):
+        with self._preparing:
             if self._capturer is not None:
                 self._capturer.arm(num_tokens)
             armed = True
         output = self._execute_model(scheduler_output, *args, **kwargs)
-        with self._journal.guard("taking a snapshot", self._report_failure):
+        with self._snapshot:
             if not armed:  # stale ids would pass for those of this step
                 raise RuntimeError("the capture was not prepared")
             self._take_snapshot(num_tokens)
@@ -148,7 +154,11 @@ class StepCapture:
             receiver = self._link if isinstance(self._link, StageReceiver) else None
             batch = batch_of(self._runner, self._last_request_ids)
             self._last_request_ids = batch.request_ids
-            self._pending = PendingRows(batch, num_tokens, own, self._step, receiver)
+            if batch.positions is not self._last_positions:
+                self._last_positions = batch.positions
+                self._positions = on_host(batch.positions)
+            positions = HostCopy(self._positions, num_tokens)
+            self._pending = PendingRows(batch, positions, own, self._step, receiver)
         elif own is not None and isinstance(self._link, StageSender):
             self._link.send(self._step, own.finish)
 
@@ -159,16 +169,14 @@ class StepCapture:
 
     def _send(self, output: Any) -> Any:
         """Let ``output`` carry the pending rows, if it is the output of the step."""
-        from vllm.v1.outputs import AsyncModelRunnerOutput
-
         pending = self._pending
         if output is None or pending is None:
             return output
         self._pending = None
-        if not isinstance(output, AsyncModelRunnerOutput):
+        get_output = getattr(output, "get_output", None)
+        if get_output is None:
             self._attach(output, pending)
             return output
-        get_output = output.get_output
 
         def get_output_with_rows() -> Any:
             result = get_output()
@@ -179,8 +187,9 @@ class StepCapture:
         return output
 
     def _attach(self, output: Any, pending: PendingRows) -> None:
-        with self._journal.guard("sending a step's rows"):
+        with self._sending:
             if output.req_ids:  # the empty output is one object shared by all steps
                 rows = pending.finish()
-                events = self._journal.take_new()
-                attach_rows(output, replace(rows, events=events) if events else rows)
+                if self._journal.has_new:
+                    rows = replace(rows, events=self._journal.take_new())
+                attach_rows(output, rows)

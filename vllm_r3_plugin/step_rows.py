@@ -8,11 +8,20 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt
 
-from shared_schema import RoutingLayout, RowStatus
-from vllm_r3_plugin.capturer import capture_dtype
+from shared_schema import RowStatus
 
 STEP_ROWS_ATTRIBUTE = "moe_r3_step_rows"
 """The attribute of ``ModelRunnerOutput`` on which a :class:`StepRows` travels."""
+
+
+def capture_dtype(num_experts: int, top_k: int) -> np.dtype[Any]:
+    """The dtype in which ids are captured: the narrowest in which no choice looks unwritten.
+
+    Where a token has several experts, all of them equal to the largest value is no choice, so 256
+    experts fit uint8; with one expert the largest value must not be an id.
+    """
+    largest_id = num_experts - 1 if top_k > 1 else num_experts
+    return np.dtype(np.uint8 if largest_id < 256 else np.uint16)
 
 
 @dataclass(frozen=True)
@@ -37,30 +46,38 @@ class StepRows:
     status: RowStatus = RowStatus.RECORDED
     events: dict[str, int] = field(default_factory=dict)
 
-    def misfit(self, layout: RoutingLayout, max_tokens: int, scheduled: Any) -> str | None:
+    def misfit(
+        self,
+        row: tuple[int, int],
+        dtype: np.dtype[Any],
+        max_tokens: int,
+        num_requests: int,
+        num_tokens: int,
+    ) -> str | None:
         """Say why these cannot be the rows of a step, if they cannot.
 
         Args:
-            layout: shape of a row.
+            row: L and k.
+            dtype: of ids.
             max_tokens: longest sequence.
-            scheduled: vLLM's ``SchedulerOutput`` of the step.
+            num_requests: requests that were scheduled.
+            num_tokens: tokens that were scheduled.
 
         """
         num_rows, positions, ids = len(self.positions), self.positions, self.ids
-        row = (layout.num_moe_layers, layout.top_k)
         checks: tuple[tuple[str, object, object], ...] = (
-            ("requests", len(self.request_ids), len(scheduled.num_scheduled_tokens)),
-            ("positions", positions.shape, (scheduled.total_num_scheduled_tokens,)),
+            ("requests", len(self.request_ids), num_requests),
+            ("positions", positions.shape, (num_tokens,)),
             ("request lengths", self.num_tokens.shape, (len(self.request_ids),)),
-            ("tokens in all requests", int(self.num_tokens.sum()), num_rows),
+            ("tokens in all requests", np.add.reduce(self.num_tokens), num_rows),
         )
         if self.status == RowStatus.RECORDED:
-            dtype = capture_dtype(layout.num_experts, layout.top_k)
             checks += (("ids", (ids.shape, ids.dtype), ((num_rows, *row), dtype)),)
         for name, seen, expected in checks:
             if seen != expected:
                 return f"{name} {seen}, expected {expected}"
-        if positions.min() < 0 or positions.max() >= max_tokens:
+        # One look: seen as unsigned, what is below 0 is beyond the largest.
+        if positions.view(f"u{positions.itemsize}").max() >= max_tokens:
             return (
                 f"positions from {positions.min()} to {positions.max()}, expected 0 to "
                 f"{max_tokens - 1}"

@@ -11,12 +11,13 @@ from typing import Any
 
 from shared_schema import RoutingLayout
 from vllm_r3_plugin import releases
-from vllm_r3_plugin.capturer import RouterSource, RoutingCapturer, capture_dtype, find_routers
+from vllm_r3_plugin.capturer import RouterSource, RoutingCapturer, find_routers
 from vllm_r3_plugin.forward_layout import ForwardLayout
 from vllm_r3_plugin.journal import Journal
 from vllm_r3_plugin.options import PLUGIN_VERSION, R3Options
 from vllm_r3_plugin.pipeline_rows import connect_stages
 from vllm_r3_plugin.step_capture import StepCapture
+from vllm_r3_plugin.step_rows import capture_dtype
 
 _OVER = "over:"
 

@@ -28,6 +28,7 @@ def test_store_step_compares_both_paths_and_calls_nothing_for_each_request() -> 
         assert {"ms_per_step", "native_ms_per_step", "speedup"} <= set(figures["prefill"])
         assert figures["lookups_per_request"] == 0
         assert figures["lookups_per_request_of_a_new_batch"] == 1
+    assert few["writes_per_step"] == 1 / 16  # steps wait for each other
     # No call for a request, and 24 at most for the page of 16 rows that it fills now and then.
     assert many["calls_per_step"] - few["calls_per_step"] < (512 - 32) / 16 * 24
 

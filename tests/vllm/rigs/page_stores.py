@@ -4,6 +4,7 @@ import numpy as np
 
 from shared_schema import RoutingLayout, RowStatus
 from vllm_r3_plugin.page_store import PageStore
+from vllm_r3_plugin.step_rows import StepRows
 
 LAYOUT = RoutingLayout(num_experts=200, top_k=3, moe_layers=(1, 2), num_hidden_layers=3)
 SIZE = 4
@@ -46,12 +47,17 @@ def rows_for(tag, positions):
     return ids
 
 
-def feed(store, *runs, status=RowStatus.RECORDED):
+def step_rows(*runs, status=RowStatus.RECORDED):
     """One step: each run is (request, tag, first position, position after the last)."""
     positions = np.concatenate([np.arange(a, b) for _, _, a, b in runs])
     ids = np.concatenate([rows_for(tag, np.arange(a, b)) for _, tag, a, b in runs])
     lengths = np.array([b - a for _, _, a, b in runs])
-    store.write([r for r, *_ in runs], lengths, positions, ids, status)
+    return StepRows([r for r, *_ in runs], lengths, positions, ids, status)
+
+
+def feed(store, *runs, status=RowStatus.RECORDED):
+    """Store one step."""
+    store.write([step_rows(*runs, status=status)])
 
 
 def tags(store, request, start, stop):
@@ -74,7 +80,8 @@ class History:
     ``rows`` holds the tag that each (request, position) must read back as, if it is recorded;
     ``content`` the tags of the KV that each block holds, None where the step's rows were lost;
     ``sure`` the (request, position) whose rows must be there though others fed them, since all
-    rows of their block were published.
+    rows of their block were published. Steps wait until rows are asked for, but for the eviction of
+    a KV block, which may come before steps that are under way.
     """
 
     def __init__(self, cached_pages):
@@ -83,9 +90,16 @@ class History:
         self.is_roomy = cached_pages == ROOMY
         self.began_before_reset, self.whole, self.sure = set(), set(), set()
         self.tag = self.next_block = 0
+        self.waiting = []
         self.rows, self.kept, self.fed, self.family, self.content = {}, {}, {}, {}, {}
 
+    def store_waiting(self):
+        waiting, self.waiting = self.waiting, []
+        if waiting:
+            self.store.write(waiting)
+
     def admit(self, name, most_hits, keep=0):
+        self.store_waiting()
         keys = [(self.family[name], index) for index in range(10)]
         found = [self.blocks.cached.get(key, ()) for key in keys[:most_hits]]
         hits = [blocks[0] for blocks in found[: [*map(bool, found), False].index(False)]]
@@ -127,9 +141,10 @@ class History:
                 if len(rows) == SIZE and None not in rows and name not in self.began_before_reset:
                     self.whole.add(block)
         if arrives and runs:
-            feed(self.store, *runs)
+            self.waiting.append(step_rows(*runs))
 
     def end(self, name):
+        self.store_waiting()
         self.store.release(name)
         self.forget(name, 0)
         del self.fed[name]
@@ -144,12 +159,14 @@ class History:
             self.store.withdraw([block])
 
     def reset(self):
+        self.store_waiting()
         self.store.start_generation()
         self.blocks.cached.clear()
         self.whole.clear()
         self.began_before_reset.update(self.fed)
 
     def check(self):
+        self.store_waiting()
         for name in self.fed:
             for position, tag in enumerate(tags(self.store, name, 0, 40)):
                 expected = self.rows.get((name, position))
