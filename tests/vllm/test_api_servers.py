@@ -1,9 +1,14 @@
-"""`GET /v1/routed_experts/{ticket}` of a real `vllm serve`: two API server processes, a key."""
+"""A real `vllm serve` of two API server processes and a key: rows to fetch, and metrics.
+
+What was counted reaches `/metrics` of either process, and either answers
+`GET /v1/routed_experts/{ticket}`, also after faults.
+"""
 
 import io
 import json
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,37 +16,126 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from shared_schema import decode, to_vllm_native
 
+from .rigs.failing_on_demand import FAULT_FILE
 from .rigs.http_server import serving
 from .rigs.process_header import HEADER
 from .rigs.rollouts import Rollout
+from .rigs.tiny_models import MOE_LAYERS, TOP_K
 from .rigs.transformers_oracle import TransformersOracle
 
 KEY = "a-key"
 MAX_HELD_REQUESTS = 40
-# Most requests take one KV block of 32 tokens: 3 layers, 4 experts of a byte.
-FETCH_MAX_BYTES = MAX_HELD_REQUESTS * 32 * 3 * 4
+PAGE_BYTES = 32 * len(MOE_LAYERS) * TOP_K
+# Most requests take one page.
+FETCH_MAX_BYTES = MAX_HELD_REQUESTS * PAGE_BYTES
 OPTIONS = (
     *("--api-key", KEY, "--api-server-count", "2"),
     *("--middleware", "tests.vllm.rigs.process_header.name_process"),
     *("--additional-config", json.dumps({"r3": {"fetch_max_bytes": FETCH_MAX_BYTES}})),
+    *("--worker-cls", "tests.vllm.rigs.failing_on_demand.FaultyWorker"),
+    *("--scheduler-cls", "tests.vllm.rigs.failing_on_demand.FaultyScheduler"),
 )
+PROMPT_TOKENS, MAX_TOKENS = 40, 6
+ROWS = PROMPT_TOKENS + MAX_TOKENS - 1
+UNRECORDED = ("rows_unrecorded_total", "reason", "CAPTURE_FAILED")
+LOST = ("rows_unrecorded_total", "reason", "STEP_LOST")
+COMPLETE = ("requests_served_total", "routing", "complete")
+INCOMPLETE = ("requests_served_total", "routing", "unrecorded")
 
 
 @pytest.fixture(scope="module")
-def client(moe_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    log = tmp_path_factory.mktemp("server") / "log"
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("server")
+
+
+@pytest.fixture(scope="module")
+def client(moe_model: Path, folder: Path) -> Iterator[httpx.Client]:
     # A connection for each request, so that the system spreads them over the processes.
     limits = httpx.Limits(max_keepalive_connections=0)
+    env = {FAULT_FILE: str(folder / "fault")}
     with (
-        serving(moe_model, log, *OPTIONS) as url,
+        serving(moe_model, folder / "log", *OPTIONS, env=env) as url,
         httpx.Client(
             base_url=url, timeout=120, limits=limits, headers={"Authorization": f"Bearer {KEY}"}
         ) as found,
     ):
         yield found
+
+
+def _answer(client: httpx.Client, first: str) -> str | None:
+    """The routed experts in the response to a prompt that is new to the prefix cache."""
+    settings = {"max_tokens": MAX_TOKENS, "ignore_eos": True}
+    body = {"model": "tiny", "prompt": first.ljust(PROMPT_TOKENS), **settings}
+    answer = client.post("/v1/completions", json=body)
+    assert answer.status_code == 200
+    routed: str | None = answer.json()["choices"][0]["routed_experts"]
+    return routed
+
+
+def _metric(client: httpx.Client, name: str, label: str = "", value: str = "") -> float:
+    """The sum of our metric over the engine's samples with that label."""
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    return sum(
+        sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == f"vllm:moe_r3_{name}"
+        and (not label or sample.labels[label] == value)
+        and {sample.labels["model_name"], sample.labels["engine"]} == {"tiny", "0"}
+    )
+
+
+def _rise(client: httpx.Client, *metric: str) -> Callable[[float], bool]:
+    """Whether the metric rises by so much soon, and no more: statistics follow a step's outputs."""
+    since = _metric(client, *metric)
+
+    def rises(by: float) -> bool:
+        deadline = time.monotonic() + 30
+        while _metric(client, *metric) < since + by and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return _metric(client, *metric) == since + by
+
+    return rises
+
+
+def test_rows_bytes_and_requests_are_counted(client: httpx.Client) -> None:
+    rows, served = _rise(client, "rows_captured_total"), _rise(client, *COMPLETE)
+    nothing_else = [_rise(client, *name) for name in (UNRECORDED, LOST, INCOMPLETE)]
+    nothing_else.append(_rise(client, "events_total"))
+    held = _rise(client, "bytes_held")
+    for i in range(4):
+        assert _answer(client, str(i)) is not None
+    assert served(4)
+    assert rows(4 * ROWS)
+    assert held(4 * PAGE_BYTES)  # a full page of each prompt, for prefix-cache hits
+    assert all(rises(0) for rises in nothing_else)
+
+
+@pytest.mark.parametrize(
+    ("place", "reason", "event"),
+    [
+        ("write", UNRECORDED, "error while storing a step: RuntimeError"),
+        ("copy_rows", LOST, "error while taking a snapshot: RuntimeError"),
+    ],
+    ids=["store", "worker"],
+)
+def test_a_fault_is_counted_by_its_reason_and_its_place_and_logged_once(
+    client: httpx.Client, folder: Path, place: str, reason: tuple[str, str, str], event: str
+) -> None:
+    rows, requests = _rise(client, *reason), _rise(client, *INCOMPLETE)
+    fault = folder / "fault"
+    fault.write_text(place)
+    assert _answer(client, f"a {place}") is None
+    fault.unlink()
+    assert _answer(client, f"b {place}") is not None
+    assert rows(ROWS)
+    assert requests(1)
+    assert _metric(client, "events_total", "event", event) >= 1
+    assert (folder / "log").read_text().count(f"(logged once; counted as {event!r})") == 1
 
 
 def _body(text: str, **settings: Any) -> dict[str, Any]:
