@@ -34,6 +34,8 @@ def engine_environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
         # A tiny model spends its time in thread barriers otherwise.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
+        # The n-gram drafter is compiled for seconds in each process, for drafts of milliseconds.
+        "NUMBA_DISABLE_JIT": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
