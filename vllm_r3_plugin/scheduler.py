@@ -189,11 +189,11 @@ class RoutingScheduler:
     def _handle_stopped_request(self, request: Any) -> bool:
         with self._r3_guard("collecting the rows of a request", (request.request_id,)):
             self._r3_sender.collect(self.r3_store, request)
+        num_rows = request.num_tokens - 1
         finished = super()._handle_stopped_request(request)  # type: ignore[misc]
         with self._r3_guard("continuing a session", (request.request_id,)):
             if not finished:
-                self._r3_restarted.add(request.request_id)
-                self._r3_note_dropped_output(request)
+                self._r3_continue_session(request, num_rows)
         return bool(finished)
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -261,7 +261,9 @@ class RoutingScheduler:
                 self.r3_out_of_band.begin(request, options)
             elif tracked.leaves_with_each_output:
                 self._r3_sender.riding.add(request_id)
-        elif request_id in self._r3_restarted:
+        elif request_id not in self._r3_restarted:
+            return  # a session, in the KV blocks that it has
+        else:
             self._r3_restarted.discard(request_id)
             if request.num_output_tokens and tracked.is_returned:
                 tracked.kept = request.num_tokens - 1
@@ -271,6 +273,22 @@ class RoutingScheduler:
         step.pending_hits += self.r3_store.admit(
             request_id, start, request.block_hashes, tracked.kept, num_loaded
         )
+
+    def _r3_continue_session(self, request: Any, num_rows: int) -> None:
+        """Follow a session to its next turn; it has rows of ``num_rows`` tokens to go on behind."""
+        if request.num_computed_tokens > num_rows:
+            # Up to 0.32: it goes on behind draft tokens that the end of the turn cut off.
+            self.r3_journal.note(
+                "SESSION_SHIFTED",
+                f"session {request.request_id} goes on at position {request.num_computed_tokens}, "
+                f"expected {num_rows}: its tokens are not those that its client has",
+            )
+            self._r3_give_up((request.request_id,))
+        elif request.num_computed_tokens < num_rows:
+            self._r3_restarted.add(request.request_id)
+        else:
+            self.r3_store.settle(request.request_id, num_rows)
+        self._r3_note_dropped_output(request)
 
     def _r3_watch_loads(self) -> None:
         """Hear how many tokens' KV each request loads through the KV connector."""

@@ -112,6 +112,19 @@ async def _conversation(engine: Any, name: str, prompts: list[list[int]]) -> lis
     return found
 
 
+async def _behind(engine: Any, sessions: list[list[Rollout]]) -> list[list[Rollout]]:
+    """Requests that hit the KV blocks of sessions, all of them."""
+    from vllm.sampling_params import RequestOutputKind
+
+    params = _params(1, output_kind=RequestOutputKind.FINAL_ONLY)
+    found = []
+    for session in sessions:
+        prompt = {"prompt_token_ids": session[-1].tokens}
+        async for output in engine.generate(prompt, params, f"behind {session[-1].request}"):
+            found.append(from_outputs([output], [0]))
+    return found
+
+
 async def _scenario(model: Path) -> dict[str, list[list[Rollout]]]:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -134,8 +147,10 @@ async def _scenario(model: Path) -> dict[str, list[list[Rollout]]]:
         )
 
     try:
+        waiting = await each(_session, "waiting")
         return {
-            "waiting": await each(_session, "waiting"),
+            "waiting": waiting,
+            "behind": await _behind(engine, waiting),
             "queued": await each(_session, "queued", wait=False),
             "aborted": await each(_session, "aborted", abort=True),
             "conversations": await each(_conversation, "talk"),
@@ -175,6 +190,15 @@ def test_every_turn_of_a_session_returns_the_rows_of_the_whole_session(
     assert last == {"abort" if group == "aborted" else "length"}
     turns = [turn for session in run[group] for turn in session]
     assert oracle.agreement(turns).differing == 0
+
+
+def test_rows_of_a_session_serve_prefix_cache_hits(
+    run: dict[str, list[list[Rollout]]], oracle: TransformersOracle
+) -> None:
+    behind = [rollout for (rollout,) in run["behind"]]
+    for rollout, session in zip(behind, run["waiting"], strict=True):
+        assert rollout.num_cached == (len(session[-1].tokens) - 1) // 32 * 32
+    assert oracle.agreement(behind).differing == 0
 
 
 def test_a_session_that_lost_rows_returns_none_from_then_on(
