@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 TAKEN = -1
-"""In place of a block's number: the block was allocated anew, and its KV is nowhere any more."""
+"""In place of a block's number: it was allocated anew more than once, its KV is long gone."""
 
 
 class BlocksOfPages(Protocol):
@@ -75,6 +75,7 @@ class KVBlocks:
         pool = kv_cache_manager.block_pool
         self._cached_block = pool.get_cached_block
         self._number_of = list(range(len(pool.blocks)))
+        self._number_before = list(self._number_of)
         self._last_number = len(pool.blocks)
         self._replaced: list[int] = []
         self._of_request: dict[str, BlocksOfRequest] = {}
@@ -96,8 +97,15 @@ class KVBlocks:
         """The block's number, if there is a block and it is not null."""
         if page_index >= len(blocks.blocks) or blocks.blocks[page_index].is_null:
             return None
-        number = self._number_of[blocks.blocks[page_index].block_id]
-        return number if number <= blocks.lost_at else TAKEN
+        block_id = blocks.blocks[page_index].block_id
+        number = self._number_of[block_id]
+        if number > blocks.lost_at:
+            number = self._number_before[block_id]
+            if number > blocks.lost_at:
+                return TAKEN
+            # Hits of others that have lost it too may wait for its rows, which go after that.
+            self._replaced.append(number)
+        return number
 
     def used_by_hits(self, key: Hashable) -> int | None:
         """Of several cached blocks with one hash, vLLM uses the first."""
@@ -105,7 +113,7 @@ class KVBlocks:
         return None if cached is None else self._number_of[cached[0].block_id]
 
     def take_replaced(self) -> list[int]:
-        """Numbers that blocks had which were allocated anew since the last call."""
+        """Numbers of blocks that were allocated anew, and whose rows may have come since."""
         replaced, self._replaced = self._replaced, []
         return replaced
 
@@ -122,6 +130,7 @@ class KVBlocks:
 
     def _renumber(self, blocks: Iterable[Any]) -> None:
         for block in blocks:
+            self._number_before[block.block_id] = self._number_of[block.block_id]
             self._replaced.append(self._number_of[block.block_id])
             self._last_number += 1
             self._number_of[block.block_id] = self._last_number

@@ -92,6 +92,7 @@ class PageStore:
         keys: Sequence[Hashable],
         keep: int = 0,
         num_loaded: int = 0,
+        former: str | None = None,
     ) -> list[PendingHit]:
         """Begin, or begin again, a request whose tokens from position ``start`` will be fed.
 
@@ -101,14 +102,18 @@ class PageStore:
             keys: key of each full page of the request's tokens; may grow while the request runs.
             keep: rows below this position stay what they were at an earlier admission.
             num_loaded: tokens before ``start`` whose KV was loaded from outside of the engine.
+            former: a request to be released later, to which all other rows of the earlier admission
+                now belong: steps in flight may still complete pages for later hits.
 
         Returns:
-            Hits whose rows are not there yet. Pass them to :meth:`resolve` once the rows of all
-            steps scheduled so far have been written.
+            Hits whose rows are not there yet. Pass them to :meth:`resolve` each time that a step
+            was written, until those of all steps scheduled so far have been.
 
         """
         kept = self.read(request_id, 0, keep) if keep else None
         slots = self._slots
+        if former is not None:
+            slots.rename(request_id, former)
         slot = slots.begin(request_id)
         slots.kept[slot] = kept
         self._truncate(slot, 0)
@@ -147,10 +152,9 @@ class PageStore:
         self._pool.drop(hits[others])
         hits[others] = NOWHERE
 
-    def resolve(self, pending: Iterable[PendingHit]) -> None:
-        """Give earlier hits the pages that have been published since."""
-        for hit in pending:
-            self._attach(hit)
+    def resolve(self, pending: Iterable[PendingHit]) -> list[PendingHit]:
+        """Give earlier hits the pages that have been published since; returns those without."""
+        return [hit for hit in pending if not self._attach(hit)]
 
     def write(self, steps: Sequence[StepRows]) -> None:
         """Store the rows of consecutive steps; several at once cost little more than one.

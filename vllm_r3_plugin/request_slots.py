@@ -80,6 +80,12 @@ class RequestSlots:
         self._last_batch = ()
         return slot
 
+    def rename(self, request_id: str, name: str) -> None:
+        """Let the request's slot, if it has one, be that of ``name``."""
+        if request_id in self._slot_of:
+            self._slot_of[name] = self._slot_of.pop(request_id)
+            self._last_batch = ()
+
     def end(self, request_id: str) -> None:
         """Give a request's slot back, its part of the table empty."""
         slot = self._slot_of.pop(request_id)

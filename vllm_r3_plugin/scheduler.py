@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -33,10 +33,18 @@ _WAITING_STEPS = 16
 
 @dataclass
 class Step:
-    """A step that was scheduled and whose output has not been processed."""
+    """A step that was scheduled and whose output has not been processed.
+
+    Attributes:
+        number: of the step, from 1.
+        pending_hits: rows that are there once this step and those before it have been stored.
+        stored_as: of requests that began again meanwhile, the name that this step's rows belong to.
+
+    """
 
     number: int
     pending_hits: list[PendingHit]
+    stored_as: dict[str, str] = field(default_factory=dict)
 
 
 class RoutingScheduler:
@@ -98,7 +106,6 @@ class RoutingScheduler:
             self.r3_journal,
             self._r3_guard,
         )
-        self._r3_dropping: set[str] = set()
         self._r3_restarted: set[str] = set()
         self._r3_given_up: set[str] = set()
         self._r3_steps: deque[Step] = deque()
@@ -135,14 +142,16 @@ class RoutingScheduler:
         if scheduler_output.total_num_scheduled_tokens:
             try:
                 rows = getattr(model_runner_output, STEP_ROWS_ATTRIBUTE, None)
-                self._r3_store_step(rows, scheduler_output)
+                self._r3_store_step(rows, scheduler_output, step)
             except Exception as error:
                 give_up = partial(self._r3_give_up, scheduler_output.num_scheduled_tokens)
                 self.r3_journal.fail("storing a step", error, give_up)
-        if step.pending_hits:
-            concerned = {hit.request_id for hit in step.pending_hits}
-            with self._r3_guard("resolving prefix-cache hits", concerned):
-                self.r3_store.resolve(step.pending_hits)
+        # All that wait: before its output is processed, a later step's hit may lose its KV block.
+        for waiting in (step, *self._r3_steps):
+            if waiting.pending_hits:
+                hits, waiting.pending_hits = waiting.pending_hits, []
+                with self._r3_guard("resolving prefix-cache hits", {h.request_id for h in hits}):
+                    waiting.pending_hits = self.r3_store.resolve(hits)
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         for request_id in scheduler_output.scheduled_spec_decode_tokens:
             try:
@@ -184,7 +193,6 @@ class RoutingScheduler:
         super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
         with self._r3_guard("preempting a request", (request.request_id,)):
             self._r3_restarted.add(request.request_id)
-            self._r3_note_dropped_output(request)
 
     def _handle_stopped_request(self, request: Any) -> bool:
         with self._r3_guard("collecting the rows of a request", (request.request_id,)):
@@ -253,6 +261,7 @@ class RoutingScheduler:
         request = self.requests[request_id]
         start = request.num_computed_tokens - scheduler_output.num_scheduled_tokens[request_id]
         tracked = self._r3_tracked.get(request_id)
+        former = None
         if tracked is None:
             options = RequestOptions.of(request.sampling_params, self._r3_options)
             tracked = TrackedRequest(request, options)
@@ -265,13 +274,14 @@ class RoutingScheduler:
             return  # a session, in the KV blocks that it has
         else:
             self._r3_restarted.discard(request_id)
+            former = self._r3_set_aside(request, step)
             if request.num_output_tokens and tracked.is_returned:
                 tracked.kept = request.num_tokens - 1
         if not tracked.is_returned and not self.vllm_config.cache_config.enable_prefix_caching:
             return  # nobody will ask for its rows
         num_loaded = self._r3_num_loaded.pop(request_id, 0)
         step.pending_hits += self.r3_store.admit(
-            request_id, start, request.block_hashes, tracked.kept, num_loaded
+            request_id, start, request.block_hashes, tracked.kept, num_loaded, former
         )
 
     def _r3_continue_session(self, request: Any, num_rows: int) -> None:
@@ -288,7 +298,23 @@ class RoutingScheduler:
             self._r3_restarted.add(request.request_id)
         else:
             self.r3_store.settle(request.request_id, num_rows)
-        self._r3_note_dropped_output(request)
+        if releases.discards_output(request):
+            for step in self._r3_steps:
+                step.stored_as[request.request_id] = ""
+
+    def _r3_set_aside(self, request: Any, step: Step) -> str | None:
+        """A name for the rows of steps whose output vLLM drops, though hits may use their KV."""
+        if not releases.discards_output(request):
+            return None
+        former = f"{request.request_id} before step {step.number}"
+        for earlier in self._r3_steps:
+            if earlier is not step:
+                earlier.stored_as.setdefault(request.request_id, former)
+                earlier.pending_hits = [
+                    hit for hit in earlier.pending_hits if hit.request_id != request.request_id
+                ]
+        self._r3_retired.append((step.number - 1, former))
+        return former
 
     def _r3_watch_loads(self) -> None:
         """Hear how many tokens' KV each request loads through the KV connector."""
@@ -323,21 +349,18 @@ class RoutingScheduler:
         self._r3_stored = _build_store(self, self._r3_bounds)
         self.r3_held.start_over(self._r3_stored)
 
-    def _r3_note_dropped_output(self, request: Any) -> None:
-        if releases.discards_output(request):
-            self._r3_dropping.add(request.request_id)
-
-    def _r3_store_step(self, rows: StepRows | None, scheduler_output: Any) -> None:
+    def _r3_store_step(self, rows: StepRows | None, scheduler_output: Any, step: Step) -> None:
         if rows is None:
             self.r3_journal.note("STEP_LOST", "a step came back without its routing")
             return
         for event, number in rows.events.items():
             self.r3_journal.count(event, number)
-        if self._r3_dropping:
-            kept = [r if not self._r3_is_dropped(r) else "" for r in rows.request_ids]
-            rows = replace(rows, request_ids=kept)
+        if step.stored_as:
+            names = [step.stored_as.get(name, name) for name in rows.request_ids]
+            rows = replace(rows, request_ids=names)
         self._r3_waiting.add(rows, scheduler_output)
-        if self._r3_waiting.are_due:
+        # Before requests that began again add keys to those of their earlier pages.
+        if step.stored_as or self._r3_waiting.are_due:
             self._r3_store_waiting()
 
     def _r3_store_waiting(self) -> None:
@@ -361,16 +384,6 @@ class RoutingScheduler:
                     number=store.rows_dropped - dropped,
                 )
 
-    def _r3_is_dropped(self, request_id: str) -> bool:
-        """Whether vLLM will throw away what the current step produced for this request."""
-        if request_id not in self._r3_dropping:
-            return False
-        request = self.requests.get(request_id)
-        if request is not None and releases.discards_output(request):
-            return True
-        self._r3_dropping.discard(request_id)
-        return False
-
     def _r3_settle(self, request_id: str) -> None:
         request = self.requests.get(request_id)
         if request is not None:
@@ -390,7 +403,6 @@ class RoutingScheduler:
             self.r3_out_of_band.forget(request_id)
             for members in (
                 self._r3_sender.riding,
-                self._r3_dropping,
                 self._r3_restarted,
                 self._r3_given_up,
             ):
