@@ -97,7 +97,7 @@ class KVBlocks:
         """The block's number, if there is a block and it is not null."""
         if page_index >= len(blocks.blocks) or blocks.blocks[page_index].is_null:
             return None
-        block_id = blocks.blocks[page_index].block_id
+        block_id: int = blocks.blocks[page_index].block_id
         number = self._number_of[block_id]
         if number > blocks.lost_at:
             number = self._number_before[block_id]
