@@ -60,7 +60,7 @@ REACHED = {
     *("PageStore.read", "PageStore.release", "PageStore.start_generation", "PageStore._publish"),
     *("RoutingScheduler._r3_admit", "RoutingScheduler._r3_store_step"),
     *("RoutingScheduler._r3_release_retired", "RowSender.send"),
-    *("RoutingScheduler.r3_rows_of_aborted", "RoutingScheduler._r3_note_dropped_output"),
+    *("RoutingScheduler.r3_rows_of_aborted", "RoutingScheduler._r3_set_aside"),
     *(f"{name} after others" for name in AFTER_A_FAULT),
     *MISFITS,
 }
