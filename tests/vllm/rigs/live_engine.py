@@ -79,6 +79,7 @@ class LiveEngine:
         hook, counts = self._hook, self.tally.counts
         hook.requests.clear()
         before = (hook.preempted_in_flight, hook.finished_while_preempted)
+        shifted = self._scheduler.r3_journal.counts["SESSION_SHIFTED"]
         with losing_payloads(workload.lost_share) as lost:
             served = _Served(self, workload)
             served.to_the_end()
@@ -95,16 +96,22 @@ class LiveEngine:
         counts["preempted"] += sum(r.num_preemptions > 0 for r in hook.requests.values())
         counts["prefix hits"] += sum(r.num_cached > 0 for r in rollouts)
         counts["rows recomputed otherwise"] += sum(r.superseded for r in rollouts)
-        may_be_missing = any(lost) or self._forgets or served.reset_failed
+        counts["garbled by vLLM"] += sum(r.is_garbled for r in rollouts)
+        counts["sessions lost by vLLM"] += served.num_lost_sessions
+        shifted = self._scheduler.r3_journal.counts["SESSION_SHIFTED"] - shifted
+        may_be_missing = any(lost) or self._forgets or shifted > 0
         complete = [
             rollout
             for rollout in rollouts
-            if self._check(served.asked[rollout.request], rollout, may_be_missing)
+            if self._check(
+                served.asked[rollout.request], rollout, may_be_missing or rollout.is_garbled
+            )
         ]
-        if not served.num_swaps:
+        garbled = any(request.is_garbled for request in hook.requests.values())
+        if not served.num_swaps and not garbled:
             self.tally.for_oracle += complete
         self._conversations = [*self._conversations, *(r.tokens for r in served.finished)][-64:]
-        if served.num_swaps or any(lost):
+        if served.num_swaps or any(lost) or garbled:
             if self._swapped:
                 self.swap_routers()
             assert self._llm.reset_prefix_cache()
@@ -114,7 +121,12 @@ class LiveEngine:
         self._llm.collective_rpc("load_routers", args=(str(self._weights[self._swapped]),))
 
     def limit_steps(self, workload: Workload) -> None:
+        from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
+
         scheduler = self._scheduler
+        scheduler.policy = SchedulingPolicy(workload.policy)
+        scheduler.waiting = create_request_queue(scheduler.policy)
+        scheduler.kv_holding_waiting = create_request_queue(scheduler.policy)
         scheduler.scheduler_config.long_prefill_token_threshold = workload.longest_chunk
         scheduler.max_num_scheduled_tokens = workload.tokens_per_step
         scheduler.max_num_running_reqs = scheduler.max_num_active_reqs = workload.running
@@ -173,11 +185,11 @@ class _Served:
         self.finished: list[Rollout] = []
         self.aborted: list[Rollout] = []
         self.num_requests = self.num_turns = self.num_swaps = self.aborted_in_flight = 0
+        self.num_lost_sessions = 0
         self._live, self._llm, self._engine = live, live._llm, live._engine
         self._core, self._scheduler = live._core, live._scheduler
         self.asked: dict[str, Ask] = {}
         self._starts: dict[str, int] = {}
-        self.reset_failed = False
         self._sessions: dict[str, ResumableSession] = {}
         live.limit_steps(workload)
         self._agenda: list[tuple[int, Callable[[], None]]] = [
@@ -194,13 +206,25 @@ class _Served:
                 act()
             for output in self._engine.step():
                 self._take(output)
+            self._end_lost_sessions()
             step += 1
             assert step < 2000, "the engine does not come to an end"
+
+    def _end_lost_sessions(self) -> None:
+        """Up to 0.32 vLLM forgets a session whose turn ends while it is preempted."""
+        scheduler = self._scheduler
+        for name, session in self._sessions.items():
+            request = scheduler.requests.get(session.request_id)
+            queues = (scheduler.running, scheduler.waiting, scheduler.kv_holding_waiting)
+            if request is not None and not any(request in queue for queue in queues):
+                self.num_lost_sessions += 1
+                self._engine.abort_request([name])
+                self._agenda = [(when, act) for when, act in self._agenda if act != session.send]
 
     def _take(self, output: Any) -> None:
         name = output.request_id
         if name in self._sessions:
-            if output.outputs[0].finish_reason is not None:
+            if output.outputs[0].finish_reason not in (None, "abort"):
                 self.finished.append(self._sessions[name].turn_ended(output))
                 self.num_turns += 1
         elif output.finished:
@@ -212,9 +236,7 @@ class _Served:
 
         name, prompts = self._live.new_name(), self._live.prompts(ask)
         # VLLM takes no KV blocks from sessions that wait: two can wait for each other's for ever.
-        # With drafts there are none: the hook missed rows of theirs that were withheld, too.
-        is_session = ask.turns > 1 and not self._sessions and not self._live.drafts
-        is_session = is_session and ask.ending != "stop string"
+        is_session = ask.turns > 1 and not self._sessions and ask.ending != "stop string"
         # vLLM checks a session's against the prompt of each turn.
         start = 0 if is_session else int(ask.start * len(prompts[0]))
         params = SamplingParams(
@@ -240,7 +262,9 @@ class _Served:
                 (ask.arrival + turn * ask.pause, session.send) for turn in range(1, ask.turns)
             ]
         else:
-            self._engine.add_request(name, {"prompt_token_ids": prompts[0]}, params)
+            self._engine.add_request(
+                name, {"prompt_token_ids": prompts[0]}, params, priority=ask.priority
+            )
         # Sessions that end early have tests of their own: a turn that comes later begins a new one.
         if ask.abort is not None and not is_session:
             self._agenda.append((ask.arrival + ask.abort, partial(self._abort, name)))
@@ -255,10 +279,8 @@ class _Served:
             try:
                 assert self._llm.reset_prefix_cache(reset_running_requests=True)
             except RuntimeError:
-                # vLLM cannot while a session that awaits its next prompt holds KV blocks. It has
-                # dropped what steps in flight will emit, and yet their KV can be hit.
+                # vLLM cannot while a session that awaits its next prompt holds KV blocks.
                 assert self._sessions
-                self.reset_failed = True
 
     def _abort(self, name: str) -> None:
         """End a request as its client does."""

@@ -27,6 +27,8 @@ class Rollout:
     # Rows that were computed again later with other experts, which must not replace the first.
     superseded: int = 0
     num_preemptions: int = 0
+    # VLLM used KV that is not that of these tokens.
+    is_garbled: bool = False
     shape: Shape = QWEN3_MOE
 
     @property

@@ -25,6 +25,9 @@ class _Request:
     # is that of the token before, and the step.
     sampled: list[tuple[int, int]] = field(default_factory=list)
     num_preemptions: int = 0
+    # Up to 0.32 vLLM may use KV that is not that of the request's tokens: of a block that was
+    # cached and then not computed, or behind draft tokens that the end of a session's turn cut off.
+    is_garbled: bool = False
 
 
 class RouterHook:
@@ -56,6 +59,9 @@ class RouterHook:
         execute, forward = self.runner.execute_model, self.runner._model_forward
         update, preempt = self.scheduler.update_from_output, self.scheduler._preempt_request
         update_request = self.scheduler._update_request_with_output
+        handle_stopped = self.scheduler._handle_stopped_request
+        pool = self.scheduler.kv_cache_manager.block_pool
+        get_new_blocks = pool.get_new_blocks
 
         def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             self._scheduled = scheduler_output
@@ -98,6 +104,23 @@ class RouterHook:
             self.preempted_in_flight += request.num_in_flight_tokens > 0
             return preempt(request, *args, **kwargs)
 
+        def handle_stopped_request(request: Any) -> bool:
+            num_rows = request.num_tokens - 1
+            finished: bool = handle_stopped(request)
+            if not finished and request.num_computed_tokens > num_rows:
+                self.requests[request.request_id].is_garbled = True
+            return finished
+
+        def allocate(*args: Any, **kwargs: Any) -> Any:
+            blocks = get_new_blocks(*args, **kwargs)
+            if self._mirror is not None:
+                size = self.runner.input_batch.block_table[0].block_size
+                for block in blocks:
+                    self._mirror[block.block_id * size : (block.block_id + 1) * size] = -1
+            return blocks
+
+        pool.get_new_blocks = allocate
+        self.scheduler._handle_stopped_request = handle_stopped_request
         self.runner.execute_model, self.runner._model_forward = execute_model, model_forward
         self.scheduler.update_from_output = update_from_output
         self.scheduler._update_request_with_output = update_request_with_output
@@ -138,7 +161,7 @@ class RouterHook:
             if name in fresh and position[0] > 0:
                 hit = np.arange(position[0])
                 rows = mirror[self._slots(blocks[row], hit, block_size)].copy()
-                assert (rows >= 0).all(), "a prefix hit on a slot that was never written"
+                self.requests[name].is_garbled |= bool((rows < 0).any())
                 self.requests[name].rows.append((self.steps, hit, None, rows))
                 self.hits += name not in resumed
         lengths = [len(position) for _, _, position in pieces]
@@ -159,7 +182,8 @@ class RouterHook:
 
         A row is the one of the step that sampled the next token, and leaves with it; rows of a
         prompt leave with the first token sampled behind them. The second value counts the rows that
-        were computed again later with other experts.
+        were computed again later with other experts. Rows of a garbled request may be -1: no router
+        chose for this token at its position.
         """
         seen = self.requests[request]
         num_rows = len(tokens) - 1
@@ -175,7 +199,7 @@ class RouterHook:
             last[position[keep]] = ids[keep]
             keep[keep] &= step <= emitted_at[position[keep]]
             first[position[keep]] = ids[keep]
-        assert (first >= 0).all(), f"the hook missed rows of request {request}"
+        assert seen.is_garbled or (first >= 0).all(), f"the hook missed rows of request {request}"
         return first, int((first != last).any(axis=(1, 2)).sum())
 
     def attach_to(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
@@ -189,4 +213,5 @@ class RouterHook:
             name = by_name[rollout.request, rollout.index]
             rollout.hooked, rollout.superseded = self.expected(name, rollout.tokens)
             rollout.num_preemptions = self.requests[name].num_preemptions
+            rollout.is_garbled = self.requests[name].is_garbled
         return list(rollouts)

@@ -38,6 +38,7 @@ class Ask:
         fetches: whether that client takes the rows of the tokens so far.
         turns: prompts of a resumable session; each of the later ones has `own` tokens.
         pause: steps between the arrivals of two turns.
+        priority: the lowest runs first, and is preempted last, where the workload's policy says so.
 
     """
 
@@ -56,6 +57,7 @@ class Ask:
     fetches: bool = True
     turns: int = 1
     pause: int = 0
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Workload:
     longest_chunk: int
     tokens_per_step: int
     running: int
+    policy: str = "fcfs"
 
 
 _DECODING = Ask(0, 0, 0, own=40, seed=0, max_tokens=32, ending="length", samples=1, start=0.0)
@@ -112,6 +115,7 @@ _ASKS = st.builds(
     fetches=st.booleans(),
     turns=st.sampled_from([1, 1, 1, 1, 2, 3]),
     pause=st.integers(0, 15),
+    priority=st.integers(0, 2),
 )
 _EVENTS = st.builds(
     Event,
@@ -126,4 +130,5 @@ WORKLOADS = st.builds(
     longest_chunk=st.sampled_from([0, 7, 40]),
     tokens_per_step=st.sampled_from([48, 128, 256]),
     running=st.sampled_from([2, 8, 32]),
+    policy=st.sampled_from(["fcfs", "priority"]),
 )
