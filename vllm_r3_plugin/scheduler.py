@@ -126,7 +126,7 @@ class RoutingScheduler:
             self._r3_release_retired()
         with self._r3_withdrawing:
             replaced = self._r3_kv_blocks.take_replaced()
-            if self.connector is None:  # it may load the same KV again
+            if replaced and self.connector is None:  # it may load the same KV again
                 self._r3_stored.withdraw(replaced)
         for new in scheduler_output.scheduled_new_reqs:
             with self._r3_guard("admitting a request", (new.req_id,)):
