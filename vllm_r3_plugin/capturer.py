@@ -102,6 +102,7 @@ class RoutingCapturer:
         shape = (max_tokens, layout.num_moe_layers, layout.top_k)
         self._buffer = torch.full(shape, self._torch_fill, dtype=dtype, device=device)
         self._rows = on_host(self._buffer)
+        self._copied_as = None if self._dtype.itemsize == 1 else self._dtype
         self._unwritten = np.full(layout.top_k, self._fill, self._dtype).tobytes()
 
     def bind(self, sources: list[RouterSource]) -> None:
@@ -116,7 +117,7 @@ class RoutingCapturer:
 
     def copy_rows(self, num_tokens: int) -> HostCopy:
         """``[N, L, k]`` ids of the step."""
-        return HostCopy(self._rows, num_tokens, self._dtype)
+        return HostCopy(self._rows, num_tokens, self._copied_as)
 
     def unreported_layers(self, ids: np.ndarray[Any, Any]) -> list[int]:
         """Decoder layers whose router did not report for the whole step.

@@ -69,8 +69,9 @@ class FrozenRows(NamedTuple):
         by_page: UInt8[np.ndarray, "n B"] = statuses[pages]
         by_page[pages == NOWHERE] = self.missing
         status: UInt8[np.ndarray, " T"] = by_page.reshape(-1)[within]
-        hits = status[: max(0, self.floor - start)]
-        hits[hits == RowStatus.STEP_LOST] = RowStatus.EVICTED
+        if start < self.floor:
+            hits = status[: self.floor - start]
+            hits[hits == RowStatus.STEP_LOST] = RowStatus.EVICTED
         if self.kept is not None:
             kept_status = self.kept[1][start:stop]
             status[: len(kept_status)] = kept_status

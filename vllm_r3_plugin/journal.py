@@ -48,13 +48,12 @@ class Journal:
     def guard(self, place: str, then: Callable[[], None] | None = None) -> Guard:
         """A context in which an exception is a counted event: rows are lost, nothing else.
 
-        It may be entered again and again. ``place`` names what is being done; ``then`` is called
-        after an exception, guarded too.
+        ``place`` names what is being done; ``then`` is called after an exception, guarded too.
         """
         return Guard(self, place, then)
 
     def fail(self, place: str, error: Exception, then: Callable[[], None] | None = None) -> None:
-        """What a guard does with an exception; where a guard for each item costs too much."""
+        """What a guard does with an exception; for places where a guard costs too much."""
         name = type(error).__name__
         self.note(
             f"error while {place}: {name}", f"routing was lost while {place}: {name}: {error}"
@@ -71,7 +70,7 @@ class Journal:
 
 
 class Guard:
-    """What :meth:`Journal.guard` returns; a class, since some are entered in each step."""
+    """What :meth:`Journal.guard` returns; a class, which costs less than a generator."""
 
     __slots__ = ("_journal", "_place", "_then")
 

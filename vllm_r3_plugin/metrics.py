@@ -41,8 +41,6 @@ def send(outputs: dict[int, Any], journal: Journal, bytes_held: int) -> None:
         bytes_held: host memory of the rows held, in bytes.
 
     """
-    if not journal.has_new:
-        return
     for core_outputs in outputs.values():
         stats = core_outputs.scheduler_stats
         if stats is not None:

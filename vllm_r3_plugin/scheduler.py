@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -68,10 +68,6 @@ class RoutingScheduler:
         self._r3_options = R3Options.of(self.vllm_config)
         self._r3_bounds = MemoryBounds.of(self, r3_layout)
         logger.info("moe-r3: %s", self._r3_bounds)
-        self._r3_releasing = self.r3_journal.guard("releasing requests")
-        self._r3_withdrawing = self._r3_guard("giving up pages of KV blocks", ())
-        self._r3_announcing = self.r3_journal.guard("announcing tickets")
-        self._r3_measuring = self.r3_journal.guard("sending metrics")
         self._r3_kv_blocks = KVBlocks(
             self.kv_cache_manager,
             self.hash_block_size,
@@ -120,14 +116,21 @@ class RoutingScheduler:
         self._r3_step_number += 1
         step = Step(self._r3_step_number, [])
         self._r3_steps.append(step)
-        with self._r3_releasing:
+        # Here and in update_from_output no guards: in each step they take longer than their work.
+        try:
             self.r3_reader.release()
             self.r3_held.release_expired()
-            self._r3_release_retired()
-        with self._r3_withdrawing:
+            if self._r3_retired:
+                self._r3_release_retired()
+        except Exception as error:
+            self.r3_journal.fail("releasing requests", error)
+        try:
             replaced = self._r3_kv_blocks.take_replaced()
             if replaced and self.connector is None:  # it may load the same KV again
                 self._r3_stored.withdraw(replaced)
+        except Exception as error:
+            give_up = partial(self._r3_give_up, ())
+            self.r3_journal.fail("giving up pages of KV blocks", error, give_up)
         for new in scheduler_output.scheduled_new_reqs:
             with self._r3_guard("admitting a request", (new.req_id,)):
                 self._r3_admit(new.req_id, scheduler_output, step)
@@ -162,10 +165,15 @@ class RoutingScheduler:
         if self._r3_sender.is_due:
             with self.r3_journal.guard("sending rows", lambda: self._r3_sender.withdraw(outputs)):
                 self._r3_sender.send(self.r3_store, outputs)
-        with self._r3_announcing:
+        try:
             self.r3_out_of_band.announce(outputs)
-        with self._r3_measuring:
-            metrics.send(outputs, self.r3_journal, self._r3_stored.nbytes)
+        except Exception as error:
+            self.r3_journal.fail("announcing tickets", error)
+        try:
+            if self.r3_journal.has_new:
+                metrics.send(outputs, self.r3_journal, self._r3_stored.nbytes)
+        except Exception as error:
+            self.r3_journal.fail("sending metrics", error)
         return outputs
 
     def reset_prefix_cache(
@@ -353,11 +361,11 @@ class RoutingScheduler:
         if rows is None:
             self.r3_journal.note("STEP_LOST", "a step came back without its routing")
             return
-        for event, number in rows.events.items():
+        for event, number in rows.events:
             self.r3_journal.count(event, number)
         if step.stored_as:
             names = [step.stored_as.get(name, name) for name in rows.request_ids]
-            rows = replace(rows, request_ids=names)
+            rows = rows._replace(request_ids=names)
         self._r3_waiting.add(rows, scheduler_output)
         # Before requests that began again add keys to those of their earlier pages.
         if step.stored_as or self._r3_waiting.are_due:

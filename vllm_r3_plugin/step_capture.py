@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -111,9 +110,6 @@ class StepCapture:
         self._is_last_stage = is_last_stage
         self._journal = journal
         self._step = 0
-        self._preparing = journal.guard("preparing a capture")
-        self._snapshot = journal.guard("taking a snapshot", self._report_failure)
-        self._sending = journal.guard("sending a step's rows")
         self._pending: PendingRows | None = None
         self._last_request_ids: list[str] = []
         self._last_positions: torch.Tensor | None = None
@@ -131,15 +127,19 @@ class StepCapture:
             return self._execute_model(scheduler_output, *args, **kwargs)
         self._step += 1
         armed = False
-        with self._preparing:
+        try:
             if self._capturer is not None:
                 self._capturer.arm(num_tokens)
             armed = True
+        except Exception as error:
+            self._journal.fail("preparing a capture", error)
         output = self._execute_model(scheduler_output, *args, **kwargs)
-        with self._snapshot:
+        try:
             if not armed:  # stale ids would pass for those of this step
                 raise RuntimeError("the capture was not prepared")
             self._take_snapshot(num_tokens)
+        except Exception as error:
+            self._journal.fail("taking a snapshot", error, self._report_failure)
         return self._send(output)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
@@ -187,9 +187,11 @@ class StepCapture:
         return output
 
     def _attach(self, output: Any, pending: PendingRows) -> None:
-        with self._sending:
+        try:
             if output.req_ids:  # the empty output is one object shared by all steps
                 rows = pending.finish()
                 if self._journal.has_new:
-                    rows = replace(rows, events=self._journal.take_new())
+                    rows = rows._replace(events=tuple(self._journal.take_new().items()))
                 attach_rows(output, rows)
+        except Exception as error:
+            self._journal.fail("sending a step's rows", error)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt
@@ -24,8 +23,7 @@ def capture_dtype(num_experts: int, top_k: int) -> np.dtype[Any]:
     return np.dtype(np.uint8 if largest_id < 256 else np.uint16)
 
 
-@dataclass(frozen=True)
-class StepRows:
+class StepRows(NamedTuple):
     """Routed experts of one step, in the order in which the model runner batched the requests.
 
     Attributes:
@@ -35,7 +33,7 @@ class StepRows:
         ids: ``[N, L, k]`` logical expert ids; anything that broadcasts to it where ``status`` says
             that they are worth nothing.
         status: why the rows of this step are worth nothing, or ``RECORDED``.
-        events: what the worker counted since its last step.
+        events: what the worker counted since its last step, and how often.
 
     """
 
@@ -44,7 +42,7 @@ class StepRows:
     positions: Int[np.ndarray, " N"]
     ids: UInt[np.ndarray, "N L k"]
     status: RowStatus = RowStatus.RECORDED
-    events: dict[str, int] = field(default_factory=dict)
+    events: tuple[tuple[str, int], ...] = ()
 
     def misfit(
         self,

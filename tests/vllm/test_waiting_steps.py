@@ -1,6 +1,5 @@
 """Steps wait to be stored together, a few of them and not for long."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,10 +41,10 @@ def test_steps_are_due_when_there_are_enough_and_leave_in_order():
 def test_a_large_step_is_due_at_once_and_so_are_small_ones_that_add_up():
     rows = step_rows(("a", 1, 0, 1))
     steps = waiting()
-    add(steps, replace(rows, ids=np.zeros((1 << 20) // 6 + 1, "V6")))
+    add(steps, rows._replace(ids=np.zeros((1 << 20) // 6 + 1, "V6")))
     assert steps.are_due
     steps = waiting()
-    half = replace(rows, ids=np.zeros(1 << 19, np.uint8))
+    half = rows._replace(ids=np.zeros(1 << 19, np.uint8))
     add(steps, half)
     assert not steps.are_due
     add(steps, half)
@@ -56,7 +55,7 @@ def test_a_step_that_does_not_fit_is_left_out_and_noted_and_no_other():
     journal = Journal()
     steps = WaitingSteps(LAYOUT, 64, 4, journal)
     rows = [step_rows(("a", 1, i, i + 1)) for i in range(3)]
-    for one in (rows[0], replace(rows[1], positions=rows[1].positions - 9), rows[2]):
+    for one in (rows[0], rows[1]._replace(positions=rows[1].positions - 9), rows[2]):
         add(steps, one)
     assert steps.fitting(steps.take()) == [rows[0], rows[2]]
     assert journal.counts == {"MISFIT": 1}

@@ -7,7 +7,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -92,19 +92,19 @@ def _plugin_modules() -> list[Any]:
 
 
 MISFITS: dict[str, Callable[[StepRows], StepRows]] = {
-    "fewer rows": lambda r: replace(r, positions=r.positions[:-1], ids=r.ids[:-1]),
-    "fewer ids": lambda r: replace(r, ids=r.ids[:-1]),
-    "a request less": lambda r: replace(r, request_ids=r.request_ids[:-1]),
-    "another number of layers": lambda r: replace(r, ids=r.ids[:, :1]),
-    "another top-k": lambda r: replace(r, ids=r.ids[..., :1]),
-    "a wider dtype": lambda r: replace(r, ids=r.ids.astype(np.uint16) + 256),
-    "floats": lambda r: replace(r, ids=r.ids.astype(np.float32)),
-    "positions below 0": lambda r: replace(r, positions=r.positions - 300),
-    "positions beyond the longest": lambda r: replace(r, positions=r.positions + 300),
-    "lengths that do not sum up": lambda r: replace(r, num_tokens=r.num_tokens + 1),
-    "unknown requests": lambda r: replace(r, request_ids=[f"?{name}" for name in r.request_ids]),
-    "ids that are no experts": lambda r: replace(r, ids=r.ids + np.uint8(200)),
-    "nothing": lambda r: replace(r, ids=None),  # type: ignore[arg-type]
+    "fewer rows": lambda r: r._replace(positions=r.positions[:-1], ids=r.ids[:-1]),
+    "fewer ids": lambda r: r._replace(ids=r.ids[:-1]),
+    "a request less": lambda r: r._replace(request_ids=r.request_ids[:-1]),
+    "another number of layers": lambda r: r._replace(ids=r.ids[:, :1]),
+    "another top-k": lambda r: r._replace(ids=r.ids[..., :1]),
+    "a wider dtype": lambda r: r._replace(ids=r.ids.astype(np.uint16) + 256),
+    "floats": lambda r: r._replace(ids=r.ids.astype(np.float32)),
+    "positions below 0": lambda r: r._replace(positions=r.positions - 300),
+    "positions beyond the longest": lambda r: r._replace(positions=r.positions + 300),
+    "lengths that do not sum up": lambda r: r._replace(num_tokens=r.num_tokens + 1),
+    "unknown requests": lambda r: r._replace(request_ids=[f"?{name}" for name in r.request_ids]),
+    "ids that are no experts": lambda r: r._replace(ids=r.ids + np.uint8(200)),
+    "nothing": lambda r: r._replace(ids=None),  # type: ignore[arg-type]
 }
 """What a worker may send in place of a step's rows."""
 
