@@ -197,6 +197,8 @@ class RoutingScheduler:
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         with self._r3_guard("noting lost KV blocks", (request.request_id,)):
+            if self._r3_waiting:  # now the blocks are still its own
+                self._r3_store_waiting()
             self._r3_kv_blocks.lose(request.request_id)
         super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
         with self._r3_guard("preempting a request", (request.request_id,)):

@@ -8,9 +8,12 @@ from shared_schema import RoutingLayout
 from vllm_r3_plugin.journal import Journal
 from vllm_r3_plugin.step_rows import StepRows, capture_dtype
 
-_NBYTES = 1 << 20
-"""Arrays from this size on never wait: before vLLM 0.32 they may be views of shared memory that
+_STEP_NBYTES = 1 << 20
+"""A step of this size never waits: before vLLM 0.32 its array may be a view of shared memory that
 the worker writes again."""
+
+_NBYTES = 2 << 20
+"""What waits at most: more would save little, and store for milliseconds at a time."""
 
 
 class WaitingStep(NamedTuple):
@@ -48,14 +51,15 @@ class WaitingSteps:
 
     @property
     def are_due(self) -> bool:
-        """Whether none may wait any longer: there are enough, or they take 1 MiB."""
+        """Whether none may wait any longer: there are enough, or they take too much."""
         return len(self._steps) >= self._max_steps or self._nbytes >= _NBYTES
 
     def add(self, rows: StepRows, scheduled: Any) -> None:
         """Let a step wait; ``scheduled`` is vLLM's ``SchedulerOutput`` of it."""
         num_tokens = scheduled.total_num_scheduled_tokens
         self._steps.append(WaitingStep(rows, len(scheduled.num_scheduled_tokens), num_tokens))
-        self._nbytes += rows.ids.nbytes
+        nbytes = rows.ids.nbytes
+        self._nbytes += nbytes if nbytes < _STEP_NBYTES else _NBYTES
 
     def take(self) -> list[WaitingStep]:
         """All of them; none wait any longer."""
