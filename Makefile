@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 MEGATRON_LATEST := $(VENV)/megatron-core-0.19.2
 OLDER_VLLM := 0.30 0.31
 VLLM_CORE_MODES := seams registration capturer one_worker without_prefix_cache async_scheduling \
-  preemption several_workers speculation aborts http compiled model_runner_v2
+  preemption lost_blocks session_shift several_workers speculation aborts http compiled model_runner_v2
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
 # By number of tests the files that start engines, the longest ones, would come last.
 IN_ORDER := --no-loadscope-reorder

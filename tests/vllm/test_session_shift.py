@@ -13,14 +13,14 @@ def _session(model: Path, sampled: list[int], *, queued: bool) -> SteppedSchedul
     stepped = SteppedScheduler(model, num_blocks=12, speculative_config=NGRAM_SPECULATION)
     stepped.add("session", [1] * 6, max_tokens=3, resumable=True)
     if queued:
-        stepped.add("session", [2] * 40, max_tokens=1, resumable=True)
+        stepped.add("session", [2] * 40, max_tokens=3, resumable=True)
     stepped.schedule()
     stepped.finish()
     stepped.draft("session", [7, 7, 7])
     stepped.schedule()
     stepped.finish({"session": sampled})
     if not queued:
-        stepped.add("session", [2] * 40, max_tokens=1, resumable=True)
+        stepped.add("session", [2] * 40, max_tokens=3, resumable=True)
     stepped.run()
     return stepped
 
@@ -28,7 +28,7 @@ def _session(model: Path, sampled: list[int], *, queued: bool) -> SteppedSchedul
 @pytest.mark.parametrize("queued", [False, True])
 def test_a_turn_that_ends_with_a_step_goes_on_with_its_rows(moe_model: Path, queued: bool) -> None:
     stepped = _session(moe_model, [7, 7], queued=queued)
-    assert stepped.rows["session"] == [1] * 6 + [2] * 2 + [3] * 40
+    assert stepped.rows["session"] == [1] * 6 + [2] * 2 + [3] * 40 + [4, 5]
 
 
 @pytest.mark.parametrize("queued", [False, True])
