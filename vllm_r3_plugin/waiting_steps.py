@@ -56,9 +56,8 @@ class WaitingSteps:
 
     def add(self, rows: StepRows, scheduled: Any) -> None:
         """Let a step wait; ``scheduled`` is vLLM's ``SchedulerOutput`` of it."""
-        num_tokens = scheduled.total_num_scheduled_tokens
+        nbytes, num_tokens = rows.ids.nbytes, scheduled.total_num_scheduled_tokens
         self._steps.append(WaitingStep(rows, len(scheduled.num_scheduled_tokens), num_tokens))
-        nbytes = rows.ids.nbytes
         self._nbytes += nbytes if nbytes < _STEP_NBYTES else _NBYTES
 
     def take(self) -> list[WaitingStep]:

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 from vllm_r3_plugin.journal import Journal
 from vllm_r3_plugin.waiting_steps import WaitingSteps
@@ -60,3 +61,10 @@ def test_a_step_that_does_not_fit_is_left_out_and_noted_and_no_other():
         add(steps, one)
     assert steps.fitting(steps.take()) == [rows[0], rows[2]]
     assert journal.counts == {"MISFIT": 1}
+
+
+def test_a_step_without_ids_is_refused_and_does_not_wait_with_the_others():
+    steps = waiting()
+    with pytest.raises(AttributeError):
+        add(steps, step_rows(("a", 1, 0, 1))._replace(ids=None))
+    assert not steps
